@@ -1,0 +1,205 @@
+"""The verdict engine: a pre-registration and a table of evidence in, a verdict with its reasons out.
+
+Logic has three values. A criterion is met, not met, or not evaluable; where units are missing, the engine asks whether any
+value of theirs could change the outcome. The verdict follows: all success criteria met is *Supported*, a refuted-if rule
+that holds is *Refuted*, neither is *Not supported*, and *Inconclusive* is what stays open.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from stepcal.errors import InputError
+from stepcal.preregistration import Criterion, PreRegistration
+
+SUPPORTED = "Supported"
+NOT_SUPPORTED = "Not supported"
+REFUTED = "Refuted"
+INCONCLUSIVE = "Inconclusive"
+
+EVIDENCE_COLUMNS = ("quantity", "variant", "unit", "value")
+"""Evidence has a row for each value; NaN, or no row, is not evaluable."""
+
+_COMPARE: dict[str, Callable[[NDArray[np.float64], float], NDArray[np.bool_]]] = {
+    "<": operator.lt,
+    "<=": operator.le,
+    ">": operator.gt,
+    ">=": operator.ge,
+}
+
+
+_UNITS = {"_percent": "%", "_points": " points"}
+"""Units by the ending of a quantity's name."""
+
+
+@dataclass(frozen=True)
+class CriterionResult:
+    """What one criterion came to.
+
+    Attributes
+    ----------
+    criterion : Criterion
+    role : str
+        ``success``, ``refuted_if`` or ``choice``.
+    value : float or None
+        The count or mean over the units that could be evaluated; None where there are none.
+    met : bool or None
+        None is not evaluable.
+    evidence : str
+        One line that a reader can check.
+    """
+
+    criterion: Criterion
+    role: str
+    value: float | None
+    met: bool | None
+    evidence: str
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A verdict and everything it rests on.
+
+    Attributes
+    ----------
+    preregistration : PreRegistration
+    verdict : str
+    possible : tuple of str
+        Verdicts that values for the missing units could still lead to; one, unless inconclusive.
+    criteria : tuple of CriterionResult
+    """
+
+    preregistration: PreRegistration
+    verdict: str
+    possible: tuple[str, ...]
+    criteria: tuple[CriterionResult, ...]
+
+    def report(self) -> str:
+        """Return the verdict as text: a line a criterion."""
+        p = self.preregistration
+        width = max(len(r.criterion.statement) for r in self.criteria) + 12
+        lines = [f"{p.id.upper()}  {self.verdict}    pre-registration {p.sha256[:8]} (frozen {p.frozen}, {p.status})"]
+        words = {
+            "success": {True: "met", False: "not met", None: "not evaluable"},
+            "refuted_if": {True: "holds", False: "does not hold", None: "not evaluable"},
+            "choice": {True: "yes", False: "no", None: "not evaluable"},
+        }
+        for r in self.criteria:
+            label = f"Refuted if {r.criterion.statement}" if r.role == "refuted_if" else r.criterion.statement
+            lines.append(f"  {label:<{width}}  {words[r.role][r.met]:<14} {r.evidence}")
+        if self.verdict == INCONCLUSIVE:
+            lines.append(f"  The missing values could still make it: {', '.join(self.possible)}.")
+        return "\n".join(lines)
+
+
+def judge(preregistration: PreRegistration, evidence: pd.DataFrame) -> Verdict:
+    """Compute a verdict from evidence, by the pre-registered rules alone.
+
+    Parameters
+    ----------
+    preregistration : PreRegistration
+    evidence : DataFrame
+        Columns `quantity`, `variant`, `unit`, `value`; an optional `reason` says why a value is NaN.
+
+    Returns
+    -------
+    Verdict
+
+    Raises
+    ------
+    InputError
+        If a column is missing, a unit occurs twice, or there are more units than the rule speaks of.
+    """
+    missing = [c for c in EVIDENCE_COLUMNS if c not in evidence]
+    if missing:
+        raise InputError(f"`evidence` lacks the column `{missing[0]}`. It needs {', '.join(EVIDENCE_COLUMNS)}.")
+    roles = [("success", preregistration.success), ("refuted_if", preregistration.refuted_if)]
+    roles.append(("choice", preregistration.choices))
+    results = tuple(_evaluate(c, role, evidence) for role, criteria in roles for c in criteria)
+    supported = _all([r.met for r in results if r.role == "success"])
+    refuted = _any([r.met for r in results if r.role == "refuted_if"])
+    possible = _possible(supported, refuted)
+    return Verdict(preregistration, possible[0] if len(possible) == 1 else INCONCLUSIVE, possible, results)
+
+
+def _evaluate(criterion: Criterion, role: str, evidence: pd.DataFrame) -> CriterionResult:
+    rows = evidence[(evidence["quantity"] == criterion.quantity) & (evidence["variant"] == criterion.variant)]
+    twice = rows["unit"][rows["unit"].duplicated()]
+    if len(twice):
+        raise InputError(
+            f"`evidence` has {criterion.quantity} of {criterion.variant} twice for `{twice.iloc[0]}`; give each unit once."
+        )
+    if len(rows) > criterion.of:
+        raise InputError(
+            f"`evidence` has {len(rows)} units for `{criterion.name}`, which speaks of {criterion.of} {criterion.unit}s."
+        )
+    known = rows["value"].dropna().to_numpy(dtype=float)
+    unknown = criterion.of - len(known)
+    sample = _sample(criterion, rows, len(known), unknown)
+    if not len(known):
+        return CriterionResult(criterion, role, None, None, sample)
+    passes = _COMPARE[criterion.operator](known, criterion.threshold)
+    if criterion.aggregate == "count":
+        n = int(passes.sum())
+        return CriterionResult(criterion, role, float(n), _count_outcome(criterion, n, unknown), f"{n} of {sample}")
+    mean = float(known.mean())
+    size = np.abs(known) if criterion.aggregate == "absolute_mean" else known
+    aggregate = abs(mean) if criterion.aggregate == "absolute_mean" else mean
+    met = bool(_COMPARE[criterion.operator](np.array([aggregate]), criterion.threshold)[0]) if unknown == 0 else None
+    alone = int(_COMPARE[criterion.operator](size, criterion.threshold).sum())
+    unit = next((u for ending, u in _UNITS.items() if criterion.quantity.endswith(ending)), "")
+    bound = f"{criterion.operator} {criterion.threshold:g}{unit}"
+    text = f"{mean:+.1f}{unit} over {sample}; {alone} of {len(known)} are {bound} alone"
+    return CriterionResult(criterion, role, mean, met, text)
+
+
+def _count_outcome(criterion: Criterion, n: int, unknown: int) -> bool | None:
+    """Whether the bound on the count holds for every, no, or only some values of the missing units."""
+    if criterion.at_least is not None:
+        if n >= criterion.at_least:
+            return True
+        return None if n + unknown >= criterion.at_least else False
+    if criterion.at_most is None:
+        raise InputError(f"The count `{criterion.name}` has neither `at_least` nor `at_most`. Give it one of them.")
+    if n > criterion.at_most:
+        return False
+    return None if n + unknown > criterion.at_most else True
+
+
+def _sample(criterion: Criterion, rows: pd.DataFrame, known: int, unknown: int) -> str:
+    text = f"{known} evaluable {criterion.unit}{'' if known == 1 else 's'}"
+    if not unknown:
+        return text
+    reasons: list[str] = []
+    if "reason" in rows:
+        reasons = sorted({str(r) for r in rows.loc[rows["value"].isna(), "reason"].dropna() if str(r)})
+    return f"{text} ({unknown} not evaluable{': ' + '; '.join(reasons) if reasons else ''})"
+
+
+def _all(outcomes: list[bool | None]) -> bool | None:
+    if any(o is False for o in outcomes):
+        return False
+    return None if any(o is None for o in outcomes) else True
+
+
+def _any(outcomes: list[bool | None]) -> bool | None:
+    if any(o is True for o in outcomes):
+        return True
+    return None if any(o is None for o in outcomes) else False
+
+
+def _possible(supported: bool | None, refuted: bool | None) -> tuple[str, ...]:
+    if supported:
+        return (SUPPORTED,)
+    possible = [SUPPORTED] if supported is None else []
+    if not refuted:
+        possible.append(NOT_SUPPORTED)
+    if refuted is not False:
+        possible.append(REFUTED)
+    return tuple(possible)

@@ -1,0 +1,358 @@
+"""The report's analyses, each a function from step rows to tables; what notebooks show, commands print and files record.
+
+A study runs on measured traces where they are at hand, reads its recorded tables where they are not, and runs on simulated
+rows when asked to. Its provenance says which, and travels with the tables.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pickle
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+import pandas as pd
+
+from stepcal import __version__
+from stepcal.datasets import (
+    content_sha256,
+    experiments,
+    have_traces,
+    load_steps,
+    load_xgboost_predictions,
+    published_h1,
+    published_h2,
+    simulated_step_rows,
+)
+from stepcal.decomposition import decompose
+from stepcal.errors import InputError, MissingDataError
+from stepcal.evaluation import (
+    bias_table,
+    component_correlations,
+    label_by_batch,
+    mixed_batch_residual,
+    rescore_published_predictions,
+    score_steps,
+)
+from stepcal.evidence import h1_evidence, h2_evidence, published_h1_evidence, published_h2_evidence
+from stepcal.files import write_bytes_atomically
+from stepcal.hardware import load_accelerator
+from stepcal.hypotheses import Verdict, judge
+from stepcal.metrics import BOOTSTRAP_RESAMPLES
+from stepcal.preregistration import load_preregistration
+from stepcal.recorded import read_recorded, record_exists
+from stepcal.splits import STUDY_FRACTIONS, temporal_split
+from stepcal.variants import VARIANTS, fit_variant
+
+ACCELERATOR = "h100-sxm"
+"""The GPU of all 16 experiments."""
+MEASURED, RECORDED, SIMULATED = "measured", "recorded", "simulated"
+SOURCES = (MEASURED, SIMULATED)
+BIAS_VARIANTS = ("blackbox", "xgboost", "global9", "model36")
+
+SHARED_RESULTS = "STEPCAL_SHARED_RESULTS"
+"""Environment variable that names the folder of a build's shared results."""
+
+T = TypeVar("T")
+Tables = dict[str, pd.DataFrame]
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where a study's tables come from.
+
+    Attributes
+    ----------
+    kind : str
+        ``measured`` (computed now), ``recorded`` (computed earlier, from data that is not here) or ``simulated``.
+    data_sha256 : str
+        Content hash of the rows they were computed from.
+    n_steps, n_experiments : int
+    recorded : str
+        Day of the recording, empty unless recorded.
+    version : str
+        Version of stepcal that computed them.
+    """
+
+    kind: str
+    data_sha256: str
+    n_steps: int
+    n_experiments: int
+    recorded: str = ""
+    version: str = __version__
+
+    def sentence(self) -> str:
+        """Return one sentence for a reader."""
+        size = f"{self.n_steps:,} steps of {self.n_experiments} experiments (content hash {self.data_sha256[:12]})"
+        if self.kind == SIMULATED:
+            return f"Simulated rows, drawn from a seed: {size}. They exercise the pipeline and enter no verdict."
+        if self.kind == RECORDED:
+            return (
+                f"Recorded on {self.recorded} with stepcal {self.version} from {size}; the traces are not at hand, so "
+                "nothing was recomputed."
+            )
+        return f"Computed from measured traces: {size}."
+
+
+@dataclass(frozen=True)
+class Study:
+    """Tables of one analysis, short texts such as fit reports, and their provenance."""
+
+    name: str
+    tables: Tables
+    provenance: Provenance
+    texts: dict[str, str] = field(default_factory=dict)
+
+    def __getitem__(self, table: str) -> pd.DataFrame:
+        return self.tables[table]
+
+
+def run_h1(
+    steps: pd.DataFrame, *, n_resamples: int = BOOTSTRAP_RESAMPLES, seed: int = 0
+) -> tuple[Tables, dict[str, str]]:
+    """Correlate the study's components with its label.
+
+    Returns
+    -------
+    tables : dict
+        ``correlations``, ``mixed_residual``, ``label_by_batch``.
+    texts : dict
+        Empty.
+    """
+    components = decompose(steps, load_accelerator(ACCELERATOR))
+    tables = {
+        "correlations": component_correlations(steps, components, n_resamples=n_resamples, seed=seed),
+        "mixed_residual": mixed_batch_residual(steps, components),
+        "label_by_batch": label_by_batch(steps),
+    }
+    return tables, {}
+
+
+def run_h2(
+    steps: pd.DataFrame,
+    *,
+    variants: Sequence[str] = VARIANTS,
+    fractions: tuple[float, float] = STUDY_FRACTIONS,
+    n_resamples: int | None = BOOTSTRAP_RESAMPLES,
+    seed: int = 0,
+) -> tuple[Tables, dict[str, str]]:
+    """Fit every variant on the training split and score it on the test split.
+
+    Parameters
+    ----------
+    steps : DataFrame
+        Validated step rows.
+    variants : sequence of str
+        Of `stepcal.variants.VARIANTS`.
+    fractions : (float, float)
+        Shares of the training and validation split.
+    n_resamples : int or None
+        None leaves the intervals out.
+    seed : int
+
+    Returns
+    -------
+    tables : dict
+        ``scores`` (variant, experiment, metric), ``parameters``, ``combinations``, ``singular_values``, ``sizes`` (split
+        sizes an experiment), ``variants`` (parameter counts), ``bias``.
+    texts : dict
+        The fit report of each pooled variant.
+    """
+    split, accelerator = temporal_split(steps, fractions), load_accelerator(ACCELERATOR)
+    scores, estimates, combinations, singular, counts, bias = [], [], [], [], [], []
+    texts = {}
+    for name in variants:
+        fitted = fit_variant(name, split, accelerator)
+        predicted = fitted.predict_us(split.test)
+        scores.append(score_steps(predicted, split.test, n_resamples=n_resamples, seed=seed).assign(variant=name))
+        estimates += [{"variant": name, **vars(e)} for e in fitted.estimates]
+        combinations += [{"variant": name, **vars(e)} for e in fitted.combinations]
+        counts.append({"variant": name, "n_parameters": fitted.n_parameters, "pooled": fitted.fit is not None})
+        if fitted.fit is not None:
+            found = fitted.fit.identifiability
+            counts[-1]["n_determined"] = found.rank
+            singular += [
+                {"variant": name, "rank": i + 1, "singular_value": float(s)}
+                for i, s in enumerate(found.singular_values)
+            ]
+            texts[name] = fitted.fit.report()
+        if name in BIAS_VARIANTS:
+            bias.append(bias_table(predicted, split.test, n_resamples=n_resamples, seed=seed).assign(variant=name))
+    tables = {
+        "scores": pd.concat(scores, ignore_index=True),
+        "parameters": pd.DataFrame(estimates),
+        "combinations": pd.DataFrame(combinations),
+        "singular_values": pd.DataFrame(singular),
+        "sizes": _split_sizes(split.train, split.valid, split.test),
+        "variants": pd.DataFrame(counts),
+    }
+    if bias:
+        tables["bias"] = pd.concat(bias, ignore_index=True)
+    return tables, texts
+
+
+STUDIES: dict[str, Callable[..., tuple[Tables, dict[str, str]]]] = {"h1": run_h1, "h2": run_h2}
+"""Studies of step rows, by name."""
+RESCORED = "published_predictions"
+"""The study that re-scores the published XGBoost predictions; it has a data file of its own."""
+
+
+def load_study(
+    name: str,
+    *,
+    source: str = MEASURED,
+    data: Path | str | None = None,
+    only_experiments: Sequence[str] = (),
+    **options: object,
+) -> Study:
+    """Run a study on measured or simulated rows, or read its recording where the traces are missing.
+
+    Parameters
+    ----------
+    name : str
+        ``h1``, ``h2`` or ``published_predictions``.
+    source : str
+        ``measured`` or ``simulated``.
+    data : path, optional
+        Folder of the public layout; defaults to `STEPCAL_DATA`.
+    only_experiments : sequence of str
+        Restrict the study to these; all by default.
+    **options
+        Passed to the study (`run_h1`, `run_h2`).
+
+    Returns
+    -------
+    Study
+
+    Raises
+    ------
+    InputError
+        If a name, a source or an experiment is unknown.
+    MissingDataError
+        If the traces are missing and options differ from the recorded ones.
+    """
+    known = [*STUDIES, RESCORED]
+    if name not in known:
+        raise InputError(f"Unknown study `{name}`. Studies: {', '.join(known)}.")
+    if source not in SOURCES:
+        raise InputError(f"`source={source!r}` is unknown; it is one of {', '.join(SOURCES)}.")
+    if source == MEASURED and not have_traces(data):
+        return _recorded_study(name, bool(only_experiments or options))
+    if name == RESCORED:
+        return _rescored(data)
+    seed = int(str(options.get("seed", 0)))
+    steps = load_steps(data) if source == MEASURED else simulated_step_rows(seed=seed)
+    steps = select_experiments(steps, only_experiments)
+    provenance = Provenance(source, content_sha256(steps), len(steps), steps["experiment_id"].nunique())
+    key = [name, source, provenance.data_sha256, sorted((k, repr(v)) for k, v in options.items())]
+    tables, texts = shared_result(key, lambda: STUDIES[name](steps, **options))
+    return Study(name, tables, provenance, texts)
+
+
+def shared_result(key: object, compute: Callable[[], T]) -> T:
+    """Compute a result, or take it from the build that is under way.
+
+    While a book is built several pages show the same study. The build names a new, empty folder in `SHARED_RESULTS`; what
+    one page computed lies there for the next. Outside a build everything is computed where it is asked for.
+    """
+    folder = os.environ.get(SHARED_RESULTS)
+    if not folder:
+        return compute()
+    path = Path(folder) / f"{hashlib.sha256(repr(key).encode()).hexdigest()}.pickle"
+    if path.is_file():
+        stored: T = pickle.loads(path.read_bytes())
+        return stored
+    result = compute()
+    write_bytes_atomically(path, pickle.dumps(result))
+    return result
+
+
+def select_experiments(steps: pd.DataFrame, wanted: Sequence[str]) -> pd.DataFrame:
+    """Keep the steps of some experiments; all of them if none is named.
+
+    Raises
+    ------
+    InputError
+        If an experiment has no steps; the message lists those that have.
+    """
+    if not wanted:
+        return steps
+    have = sorted(steps["experiment_id"].unique())
+    for experiment in wanted:
+        if experiment not in have:
+            raise InputError(f"No steps of experiment `{experiment}`. Experiments with steps: {', '.join(have)}.")
+    return steps[steps["experiment_id"].isin(list(wanted))]
+
+
+def verdict_of(
+    hypothesis: str, *, data: Path | str | None = None, published: bool = False
+) -> tuple[Verdict, Provenance]:
+    """Judge a hypothesis on our evidence, or on the study's published figures.
+
+    Parameters
+    ----------
+    hypothesis : str
+        ``h1``, ``h2`` or ``h2_step``.
+    data : path, optional
+        Folder of the public layout; defaults to `STEPCAL_DATA`, and to the recorded evidence without it.
+    published : bool
+        Judge the published per-experiment figures instead of our own.
+
+    Returns
+    -------
+    Verdict
+    Provenance
+
+    Raises
+    ------
+    InputError
+        If the hypothesis is unknown or its pre-registration was changed.
+    """
+    registered = load_preregistration(hypothesis)
+    if registered.id == "h1":
+        if published:
+            table = published_h1()
+            return judge(registered, published_h1_evidence(table)), _published_provenance(table)
+        study = load_study("h1", data=data)
+        return judge(registered, h1_evidence(study["correlations"])), study.provenance
+    if published:
+        table = published_h2()
+        return judge(registered, published_h2_evidence(table)), _published_provenance(table)
+    study = load_study("h2", data=data)
+    evidence = h2_evidence(study["scores"], experiments()["experiment_id"])
+    return judge(registered, evidence), study.provenance
+
+
+def _rescored(data: Path | str | None) -> Study:
+    predictions = load_xgboost_predictions(data)
+    table = rescore_published_predictions(predictions)
+    provenance = Provenance(MEASURED, content_sha256(predictions), len(predictions), len(table))
+    return Study(RESCORED, {"rescored": table}, provenance)
+
+
+def _recorded_study(name: str, changed: bool) -> Study:
+    if changed or not record_exists(name):
+        why = "was asked for with other options than the recorded ones" if changed else "was never recorded"
+        raise MissingDataError(
+            f"The study `{name}` {why}, and the step traces are not at hand. Set STEPCAL_DATA to a folder with the traces "
+            "(see data/README.md), or choose source='simulated'."
+        )
+    content = read_recorded(name)
+    provenance = Provenance(**{**content.provenance, "kind": RECORDED})
+    return Study(name, content.tables, provenance, content.texts)
+
+
+def _published_provenance(table: pd.DataFrame) -> Provenance:
+    n_steps = int(table["n_test"].sum()) if "n_test" in table else int(table["n_steps"].max())
+    return Provenance("published", content_sha256(table), n_steps, len(experiments()))
+
+
+def _split_sizes(train: pd.DataFrame, valid: pd.DataFrame, test: pd.DataFrame) -> pd.DataFrame:
+    sizes = {
+        f"n_{name}": part.groupby("experiment_id", observed=True).size()
+        for name, part in [("train", train), ("valid", valid), ("test", test)]
+    }
+    return pd.DataFrame(sizes).fillna(0).astype(int).rename_axis("experiment_id").reset_index()
