@@ -68,5 +68,5 @@ lock: ## solve pyproject.toml anew: requirements.lock and environment.yml
 	$(PYTHON) tools/environment_from_lock.py
 
 clean: ## remove what was built, but not .venv
-	rm -rf _build build *.egg-info .pytest_cache .mypy_cache .ruff_cache .coverage
+	rm -rf _build build *.egg-info .hypothesis .pytest_cache .mypy_cache .ruff_cache .coverage
 	find . -path ./$(VENV) -prune -o \( -name __pycache__ -o -name .ipynb_checkpoints \) -exec rm -rf {} +

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import least_squares
+from threadpoolctl import threadpool_limits
 
 from stepcal.corrections import CorrectionModel, Model36, Phase16, StepFeatures
 from stepcal.decomposition import STUDY_COMPONENTS
@@ -85,6 +86,7 @@ def log_ratio_jacobian(model: CorrectionModel, theta: FloatArray, features: Step
     return model.gradient_us(theta, features) / model.predict_us(theta, features)[:, None]
 
 
+@threadpool_limits.wrap(limits=1)  # type: ignore[untyped-decorator]
 def fit(
     model: CorrectionModel,
     features: StepFeatures,
@@ -125,6 +127,7 @@ def fit(
     return _result(model, theta, features, duration_us, cost, evaluations, converged)
 
 
+@threadpool_limits.wrap(limits=1)  # type: ignore[untyped-decorator]
 def fit_phase16(
     model: Phase16,
     features: StepFeatures,

@@ -132,25 +132,34 @@ def assess(
             determined = at_bound[j] != "" and theta[j] == 0
             reason = reason if determined else _why_unused(p.name)
         elif not determined:
-            partners = [c.name for c in combinations if any(name == p.name for name, _ in c.exponents)]
+            partners = [c for c in combinations if any(name == p.name for name, _ in c.exponents)]
+            known = [c.name for c in partners if _determined(_direction(c, index), row_space)]
             # Near a bound of zero the relative derivative vanishes with the value, whatever the data say.
             determined = not partners and at_bound[j] != ""
             if not determined:
-                reason = f"only {partners[0]} is" if partners else "another parameter does the same"
+                reason = f"only {known[0]} is" if known else "another parameter does the same"
         estimates.append(_estimate(p.name, p.unit, theta[j], directions[j], covariance, determined, reason))
 
     combined = []
     for c in combinations:
         members = [(index[name], power) for name, power in c.exponents]
-        direction = sum(power * directions[j] for j, power in members)
+        direction = _direction(c, index)
         value = float(np.prod([theta[j] ** power for j, power in members]))
         idle = all(unused[j] for j, _ in members)
-        determined = not idle and _determined(np.asarray(direction), row_space)
+        determined = not idle and _determined(direction, row_space)
         reason = _why_unused(c.name) if idle else "" if determined else "another combination does the same"
         if determined and all(at_bound[j] for j, _ in members):
             reason = "at a bound of the search"
-        combined.append(_estimate(c.name, "1", value, np.asarray(direction), covariance, determined, reason))
+        combined.append(_estimate(c.name, "1", value, direction, covariance, determined, reason))
     return tuple(estimates), tuple(combined), identifiability
+
+
+def _direction(combination: Combination, index: dict[str, int]) -> FloatArray:
+    """Return a combination as a direction in ``log(theta)``."""
+    direction = np.zeros(len(index))
+    for name, power in combination.exponents:
+        direction[index[name]] = power
+    return direction
 
 
 def _determined(direction: FloatArray, row_space: FloatArray) -> bool:
@@ -200,4 +209,6 @@ def _bound_reached(parameter: Parameter, value: float) -> str:
 def _why_unused(name: str) -> str:
     if "threshold" in name:
         return "a hard threshold has no gradient; its value is the best of a grid"
+    if "_compute_factor" in name or "_memory_factor" in name:
+        return "its component is zero in every step of its regime"
     return "its component is zero in every step"

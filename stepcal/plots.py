@@ -88,7 +88,7 @@ def correlations(table: pd.DataFrame, bounds: Sequence[float]) -> Figure:
     first = np.atleast_1d(panels)[0]
     first.set_yticks(range(len(names)), [COMPONENT_NAMES[n] for n in names])
     first.invert_yaxis()
-    np.atleast_1d(panels)[-1].legend(fontsize="x-small", loc="lower left")
+    _legend_outside(np.atleast_1d(panels)[-1])
     figure.tight_layout()
     return _finished(figure)
 

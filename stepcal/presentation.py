@@ -52,6 +52,9 @@ def show_table(
     shown = table.rename(columns=dict(names or {}))
     renamed: Any = {(names or {}).get(column, column): f for column, f in (formats or {}).items() if column in table}
     style = shown.style.format(renamed, na_rep="–").hide(axis="index").set_caption(caption)
+    words = [column for column in shown if not pd.api.types.is_numeric_dtype(shown[column])]
+    style = style.set_properties(subset=words, **{"text-align": "left"})
+    style = style.apply_index(lambda names: ["text-align: left" if n in words else "" for n in names], axis="columns")
     return style.set_table_attributes('class="dataframe stepcal-table"')
 
 
@@ -67,7 +70,7 @@ def estimates_table(study: Study, variant: str) -> Styler:
     table = pd.DataFrame(
         {
             "parameter": rows["name"],
-            "unit": rows["unit"],
+            "unit": rows["unit"].replace({"us": "µs", "1": ""}),
             "value": value,
             "95% interval": rows.apply(interval, axis=1),
             "note": rows["reason"].where(rows["identified"], "not identified: " + rows["reason"].astype(str)),

@@ -43,6 +43,9 @@ def record_all(data: Path | str | None = None, *, check: bool = False) -> list[s
         )
     lines = []
     for name in [*STUDIES, RESCORED]:
+        if check and not record_exists(name):
+            lines.append(f"{name}: was never recorded")
+            continue
         study = load_study(name, data=data)
         if check:
             lines += [f"{name}: {difference}" for difference in differences(study)]

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import pandas as pd
+from threadpoolctl import threadpool_limits
 
 from stepcal import __version__
 from stepcal.datasets import (
@@ -200,6 +201,8 @@ RESCORED = "published_predictions"
 """The study that re-scores the published XGBoost predictions; it has a data file of its own."""
 
 
+# One thread adds in one order: a result is the same on one core and on two, and small systems are faster so.
+@threadpool_limits.wrap(limits=1)  # type: ignore[untyped-decorator]
 def load_study(
     name: str,
     *,

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from scipy.signal import lfilter
 
-from stepcal.corrections import Combination, Global9, Parameter, StepFeatures
+from stepcal.corrections import Combination, Global9, Parameter, Phase16, StepFeatures
 from stepcal.fitting import fit, log_ratio_jacobian, log_ratio_residuals
 from stepcal.identifiability import assess
 
@@ -111,6 +111,29 @@ def test_two_parameters_that_do_the_same_are_told_apart_from_their_product():
     assert combinations[0].value == pytest.approx(6)
     assert not combinations[1].identified
     assert combinations[1].reason == "another combination does the same"
+
+
+def test_a_direction_that_the_data_hardly_see_has_no_upper_bound():
+    parameters = [Parameter(name, "1", 1.0, 0.01, 100.0) for name in ("x", "y")]
+    jacobian = np.zeros((300, 2))
+    jacobian[:, 0], jacobian[0, 1] = 1.0, 1e-5  # one step hardly knows of y
+    residuals = np.random.default_rng(0).normal(size=300) + 0.5
+    x, y = assess(parameters, [], np.array([1.0, 1.0]), residuals, jacobian)[0]
+    assert 0 < x.low < 1 < x.high < np.inf
+    assert (y.low, y.high) == (0, np.inf)
+
+
+def test_a_regime_without_steps_is_told_from_one_that_has_some():
+    """Memory-bound steps only: the MFU is known with the memory factor, and the compute factor with nothing."""
+    components = np.column_stack([np.zeros((200, 2)), np.tile([20.0, 40.0, 60.0, 80.0], 50), np.zeros(200)])
+    features = StepFeatures(components, np.full((200, 4), 50.0), np.full(200, "a"))
+    noise = np.exp(0.05 * np.random.default_rng(0).normal(size=200))
+    result = fit(Phase16(ridge=295.0), features, 3.0 * components[:, 2] * noise)
+    estimates = by_name(result.estimates)
+    assert estimates["decode_gemm_mfu"].reason == "only decode_gemm_memory_factor / decode_gemm_mfu is"
+    assert estimates["decode_gemm_compute_factor"].reason == "its component is zero in every step of its regime"
+    assert estimates["decode_attn_mfu"].reason == "its component is zero in every step"
+    assert [c.name for c in result.combinations if c.identified] == ["decode_gemm_memory_factor / decode_gemm_mfu"]
 
 
 def test_an_exact_fit_has_an_interval_of_no_width():
