@@ -122,7 +122,11 @@ class ModelArchitecture:
         return BYTES_PER_ELEMENT[self.weight_dtype]
 
     def num_parameters(self) -> int:
-        """Count all weights, norms included, as the checkpoint stores them."""
+        """Count the weights of a Llama-like checkpoint: matrices, biases of queries, keys and values, two norms a layer.
+
+        Gates of shared experts, norms of queries and keys, and other biases, which some families add, are not counted;
+        they are below a ten-thousandth of the whole.
+        """
         h, bias = self.hidden_size, int(self.attention_bias)
         attention = h * (self.query_width + 2 * self.kv_width) + self.query_width * h
         attention += bias * (self.query_width + 2 * self.kv_width)
@@ -315,6 +319,9 @@ def _mixture_fields(config: Mapping[str, Any], origin: str, layers: int) -> dict
         sparse = set(range(step - 1, layers, step))
     elif step := config.get("decoder_sparse_step"):
         sparse = {layer for layer in range(layers) if (layer + 1) % step == 0}
+    if frequency := config.get("moe_layer_freq"):
+        every = frequency if isinstance(frequency, list) else [layer % frequency == 0 for layer in range(layers)]
+        sparse &= {layer for layer, is_sparse in enumerate(every) if is_sparse}
     sparse -= set(config.get("mlp_only_layers") or [])
     sparse -= set(range(int(config.get("first_k_dense_replace") or 0)))
     expert_width = int(config.get("moe_intermediate_size") or width)
@@ -343,12 +350,15 @@ def _refuse_other_attention(config: Mapping[str, Any], origin: str, max_model_le
     other = sorted(set(config.get("layer_types") or []) - FULL_ATTENTION_LAYERS - {"sliding_attention"})
     if other:
         raise InputError(f"{origin} has layers of type {', '.join(other)}, which stepcal does not model.")
-    window = config.get("sliding_window")
-    slides = "sliding_attention" in (config.get("layer_types") or []) or config.get("use_sliding_window", True)
+    layers = config.get("layer_types")
+    slides = "sliding_attention" in layers if layers else config.get("use_sliding_window", True)
     longest = max_model_len or int(config.get("max_position_embeddings", 4096))
-    if window and slides and window < longest:
+    window, key = (config.get("sliding_window"), "sliding_window") if slides else (None, "")
+    if config.get("attention_chunk_size"):
+        window, key = config["attention_chunk_size"], "attention_chunk_size"
+    if window and window < longest:
         raise InputError(
-            f"{origin} uses a sliding window of {window} tokens (`sliding_window`) below the context limit of {longest}, "
+            f"{origin} attends to {window} tokens at a time (`{key}`), below the context limit of {longest}, "
             f"which stepcal does not model. A server limited to `max_model_len` <= {window} never slides: pass that."
         )
 

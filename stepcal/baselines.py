@@ -177,7 +177,7 @@ class GradientBoosting:
 
     def fit(self, train: pd.DataFrame, valid: pd.DataFrame) -> Self:
         """Fit one model a setting and keep the one with the smallest validation error."""
-        training, validation = self._matrix(_nonempty(train)), self._matrix(_nonempty(valid))
+        training, validation = self._matrix(_nonempty(train)), self._matrix(_nonempty(valid, "validation"))
         smallest = np.inf
         for depth in BOOSTING_DEPTHS:
             for rate in BOOSTING_LEARNING_RATES:
@@ -216,7 +216,7 @@ class GradientBoosting:
         return steps[list(BOOSTING_FEATURES)].to_numpy(dtype=float)
 
 
-def _nonempty(steps: pd.DataFrame) -> pd.DataFrame:
+def _nonempty(steps: pd.DataFrame, part: str = "training") -> pd.DataFrame:
     if steps.empty:
-        raise InputError("There are no training steps. Check the experiment filter and the split.")
+        raise InputError(f"There are no {part} steps. Check the experiment filter and the split.")
     return steps

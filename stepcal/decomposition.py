@@ -196,7 +196,7 @@ def _token_counts(prefill_tokens: ArrayLike, decode_tokens: ArrayLike) -> tuple[
     counts = []
     for name, values in (("prefill_tokens", prefill_tokens), ("decode_tokens", decode_tokens)):
         array = np.atleast_1d(np.asarray(values, dtype=float))
-        bad = np.flatnonzero(~(array >= 0))
+        bad = np.flatnonzero(~((array >= 0) & np.isfinite(array)))
         if bad.size:
             raise InputError(f"`{name}[{bad[0]}]` is {array[bad[0]]}; a step schedules zero tokens or more.")
         counts.append(array)

@@ -24,6 +24,8 @@ RANK_TOLERANCE = 1e-7
 """Singular values below this share of the largest count as zero: square root of double precision, with a margin."""
 NULL_TOLERANCE = 1e-4
 """A direction whose part in the null space is longer than this is not determined."""
+WIDEST_INTERVAL = 1e6
+"""Upper over lower bound of an interval beyond which a number cannot be called determined."""
 BOUND_TOLERANCE = 1e-3
 """Relative distance to a bound within which a parameter is said to sit at it (trf stays strictly inside)."""
 
@@ -192,9 +194,10 @@ def _estimate(
         return Estimate(name, unit, float(value), nan, nan, determined, reason)
     z = norm.ppf(0.5 + CONFIDENCE / 2)
     spread = z * math.sqrt(max(float(direction @ covariance @ direction), 0.0))
-    with np.errstate(over="ignore"):
-        # A direction that the data hardly see may have no upper bound in double precision.
-        low, high = value * np.exp([-spread, spread])
+    if 2 * spread > math.log(WIDEST_INTERVAL):
+        reason = f"its 95% interval is wider than a factor of {WIDEST_INTERVAL:g}"
+        return Estimate(name, unit, float(value), nan, nan, False, reason)
+    low, high = value * np.exp([-spread, spread])
     return Estimate(name, unit, float(value), float(low), float(high), True)
 
 

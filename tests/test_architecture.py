@@ -252,16 +252,16 @@ def test_a_sliding_window_that_is_switched_off_is_ignored():
 
 def test_an_active_sliding_window_is_refused_unless_the_server_never_reaches_it():
     config = {**LLAMA_31_8B, "model_type": "mistral", "sliding_window": 4096, "max_position_embeddings": 32768}
-    with pytest.raises(InputError, match=r"sliding window of 4096.*32768.*max_model_len"):
+    with pytest.raises(InputError, match=r"4096 tokens at a time .`sliding_window`.*32768.*max_model_len"):
         ModelArchitecture.from_config(config)
-    with pytest.raises(InputError, match="sliding window"):
+    with pytest.raises(InputError, match="sliding_window"):
         ModelArchitecture.from_config(config, max_model_len=4097)
     assert ModelArchitecture.from_config(config, max_model_len=4096).num_layers == 32
 
 
 def test_sliding_layers_are_refused_whatever_the_switch_says():
     types = ["full_attention", "sliding_attention"] * 14
-    with pytest.raises(InputError, match="sliding window"):
+    with pytest.raises(InputError, match="sliding_window"):
         ModelArchitecture.from_config({**QWEN_25_7B, "sliding_window": 4096, "layer_types": types})
 
 
@@ -341,3 +341,29 @@ def test_a_file_that_is_no_config_is_refused(tmp_path, content, said):
 def test_a_file_that_is_not_there_is_refused(tmp_path):
     with pytest.raises(InputError, match="No architecture file at"):
         resolve_architecture(str(tmp_path / "nowhere.json"))
+
+
+def test_chunked_attention_is_refused_unless_the_context_fits_a_chunk():
+    config = {**LLAMA_31_8B, "attention_chunk_size": 8192}
+    with pytest.raises(InputError, match="attention_chunk_size"):
+        ModelArchitecture.from_config(config)
+    assert ModelArchitecture.from_config(config, max_model_len=8192).num_layers == 32
+
+
+def test_layers_that_all_attend_fully_do_not_slide():
+    config = {**LLAMA_31_8B, "sliding_window": 4096, "layer_types": ["full_attention"] * 32}
+    assert ModelArchitecture.from_config(config).num_layers == 32
+
+
+@pytest.mark.parametrize(("frequency", "n_sparse"), [(1, 27), (2, 13), ([0] * 14 + [1] * 14, 14)])
+def test_moe_layer_freq_says_which_layers_are_mixtures(frequency, n_sparse):
+    config = {
+        **LLAMA_31_8B,
+        "num_hidden_layers": 28,
+        "n_routed_experts": 64,
+        "num_experts_per_tok": 6,
+        "moe_intermediate_size": 1408,
+        "first_k_dense_replace": 1,
+        "moe_layer_freq": frequency,
+    }
+    assert ModelArchitecture.from_config(config).num_moe_layers == n_sparse
