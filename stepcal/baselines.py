@@ -5,6 +5,7 @@ Every baseline has ``fit(train, valid) -> self`` and ``predict_us(steps)``, both
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol, Self
 
 import numpy as np
@@ -31,6 +32,8 @@ BOOSTING_FEATURES = (
     "num_preempted",
     "kv_blocks_free",
 )
+BATCH_FEATURES = ("prefill_tokens", "decode_tokens", "num_prefill_reqs", "waiting_depth")
+"""What a simulator knows of a step before it runs, in whole numbers."""
 BOOSTING_DEPTHS = (4, 6)
 BOOSTING_LEARNING_RATES = (0.05, 0.1)
 """Depth 4 and rate 0.05 are what the study's own search chose most often."""
@@ -118,10 +121,14 @@ class BucketMedianRatio:
         self.ratios = dict(zip(medians.index.to_numpy(dtype=int).tolist(), medians.to_numpy().tolist(), strict=True))
         return self
 
+    def ratio(self, steps: pd.DataFrame) -> FloatArray:
+        """Learned ratio of measured over analytical time, shape (n_steps,)."""
+        ratio = pd.Series(self._buckets(steps)).map(self.ratios).fillna(self.overall)
+        return np.asarray(ratio, dtype=np.float64)
+
     def predict_us(self, steps: pd.DataFrame) -> FloatArray:
         """Step times, shape (n_steps,), microseconds."""
-        ratio = pd.Series(self._buckets(steps)).map(self.ratios).fillna(self.overall).to_numpy(dtype=float)
-        return self.raw.predict_us(steps) * ratio
+        return self.raw.predict_us(steps) * self.ratio(steps)
 
     def parameters(self) -> dict[str, tuple[float, str]]:
         """Return the ratio of each bucket, by its smallest number of decode tokens."""
@@ -168,10 +175,13 @@ class GradientBoosting:
     Parameters
     ----------
     seed : int
+    features : sequence of str
+        Columns of the step rows that the trees see.
     """
 
-    def __init__(self, seed: int = 0) -> None:
+    def __init__(self, seed: int = 0, features: Sequence[str] = BOOSTING_FEATURES) -> None:
         self.seed = seed
+        self.features = list(features)
         self.booster: xgboost.Booster | None = None
         self.settings: dict[str, float] = {}
 
@@ -205,15 +215,13 @@ class GradientBoosting:
         """Return the settings that the validation split chose."""
         return {name: (float(value), "1") for name, value in self.settings.items()}
 
-    @classmethod
-    def _matrix(cls, steps: pd.DataFrame) -> xgboost.DMatrix:
+    def _matrix(self, steps: pd.DataFrame) -> xgboost.DMatrix:
         return xgboost.DMatrix(
-            cls._features(steps), label=np.log(steps["duration_us"].to_numpy(dtype=float)), nthread=1
+            self._features(steps), label=np.log(steps["duration_us"].to_numpy(dtype=float)), nthread=1
         )
 
-    @staticmethod
-    def _features(steps: pd.DataFrame) -> FloatArray:
-        return steps[list(BOOSTING_FEATURES)].to_numpy(dtype=float)
+    def _features(self, steps: pd.DataFrame) -> FloatArray:
+        return steps[self.features].to_numpy(dtype=float)
 
 
 def _nonempty(steps: pd.DataFrame, part: str = "training") -> pd.DataFrame:

@@ -12,10 +12,17 @@ from typing import Protocol
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
-from stepcal.architecture import load_architecture
-from stepcal.decomposition import STUDY_COMPONENTS, decompose, intensities, ridge_intensity
+from stepcal.architecture import ModelArchitecture, load_architecture
+from stepcal.decomposition import (
+    STUDY_COMPONENTS,
+    decompose,
+    intensities,
+    ridge_intensity,
+    study_components_us,
+    study_intensities,
+)
 from stepcal.errors import InputError
 from stepcal.hardware import Accelerator
 
@@ -83,6 +90,23 @@ class StepFeatures:
             families=steps["model"].astype(str).map(named).to_numpy(dtype=str),
         )
 
+    @classmethod
+    def of_batches(
+        cls,
+        prefill_tokens: ArrayLike,
+        decode_tokens: ArrayLike,
+        architecture: ModelArchitecture,
+        accelerator: Accelerator,
+        *,
+        tensor_parallel: int,
+    ) -> StepFeatures:
+        """Compute the features of batches of one server, given as token counts."""
+        components = study_components_us(
+            prefill_tokens, decode_tokens, architecture, accelerator, tensor_parallel=tensor_parallel
+        )
+        intensity = study_intensities(prefill_tokens, decode_tokens, architecture)
+        return cls(components, intensity, np.full(len(components), architecture.name))
+
     def __len__(self) -> int:
         return len(self.components_us)
 
@@ -105,6 +129,9 @@ class CorrectionModel(Protocol):
     @property
     def combinations(self) -> tuple[Combination, ...]:
         """Combinations worth an interval of their own."""
+
+    def total_us(self, theta: FloatArray, features: StepFeatures) -> FloatArray:
+        """Corrected components and overhead, summed, before the floor; shape (n_steps,)."""
 
     def predict_us(self, theta: FloatArray, features: StepFeatures) -> FloatArray:
         """Step times, shape (n_steps,)."""
@@ -135,16 +162,21 @@ class Global9:
             Combination(f"{c}_factor / {c}_mfu", ((f"{c}_factor", 1), (f"{c}_mfu", -1))) for c in STUDY_COMPONENTS
         )
 
+    def total_us(self, theta: FloatArray, features: StepFeatures) -> FloatArray:
+        """Corrected components and overhead, summed, before the floor; shape (n_steps,), microseconds."""
+        factors, overhead, mfu = theta[:4], theta[4], theta[5:]
+        total: FloatArray = features.components_us @ (factors / mfu) + overhead
+        return total
+
     def predict_us(self, theta: FloatArray, features: StepFeatures) -> FloatArray:
         """Step times, shape (n_steps,), microseconds."""
-        factors, overhead, mfu = theta[:4], theta[4], theta[5:]
-        return np.maximum(features.components_us @ (factors / mfu) + overhead, SMALLEST_STEP_US)
+        return np.maximum(self.total_us(theta, features), SMALLEST_STEP_US)
 
     def gradient_us(self, theta: FloatArray, features: StepFeatures) -> FloatArray:
         """Derivative of each step time by each parameter, shape (n_steps, 9)."""
-        factors, overhead, mfu = theta[:4], theta[4], theta[5:]
+        factors, mfu = theta[:4], theta[5:]
         components = features.components_us
-        above_floor = components @ (factors / mfu) + overhead > SMALLEST_STEP_US
+        above_floor = self.total_us(theta, features) > SMALLEST_STEP_US
         gradient = np.column_stack([components / mfu, np.ones(len(components)), -components * (factors / mfu**2)])
         return gradient * above_floor[:, None]
 
@@ -192,10 +224,13 @@ class Phase16:
             for c in STUDY_COMPONENTS
         )
 
+    def total_us(self, theta: FloatArray, features: StepFeatures) -> FloatArray:
+        """Corrected components, summed, before the floor; shape (n_steps,), microseconds."""
+        return self._sum_us(theta, features)[0]
+
     def predict_us(self, theta: FloatArray, features: StepFeatures) -> FloatArray:
         """Step times, shape (n_steps,), microseconds."""
-        total, _ = self._sum_us(theta, features)
-        return np.maximum(total, SMALLEST_STEP_US)
+        return np.maximum(self.total_us(theta, features), SMALLEST_STEP_US)
 
     def gradient_us(self, theta: FloatArray, features: StepFeatures) -> FloatArray:
         """Derivative of each step time by each parameter, shape (n_steps, 16); zero for the thresholds."""
@@ -250,6 +285,16 @@ class Model36:
             for c in self.block.combinations
         )
 
+    def total_us(self, theta: FloatArray, features: StepFeatures) -> FloatArray:
+        """Corrected components and overhead, summed, before the floor; shape (n_steps,), microseconds.
+
+        Raises `InputError` as `predict_us` does.
+        """
+        total = np.empty(len(features))
+        for _, rows, columns in self.blocks(features):
+            total[rows] = self.block.total_us(theta[columns], features.rows(rows))
+        return total
+
     def predict_us(self, theta: FloatArray, features: StepFeatures) -> FloatArray:
         """Step times, shape (n_steps,), microseconds.
 
@@ -258,11 +303,7 @@ class Model36:
         InputError
             If a step's family was not fitted: the variant says nothing about a model that it never saw.
         """
-        predicted = np.empty(len(features))
-        for family, rows, columns in self.blocks(features):
-            del family
-            predicted[rows] = self.block.predict_us(theta[columns], features.rows(rows))
-        return predicted
+        return np.maximum(self.total_us(theta, features), SMALLEST_STEP_US)
 
     def gradient_us(self, theta: FloatArray, features: StepFeatures) -> FloatArray:
         """Derivative of each step time by each parameter, shape (n_steps, 9 * n_families)."""

@@ -60,6 +60,8 @@ class FittedVariant:
         What the data determine only together; empty for baselines.
     fit : FitResult or None
         The full fit of a pooled variant.
+    baselines : dict
+        The fitted baseline of each experiment; empty for a pooled variant.
     n_parameters : int
         Numbers learned a model (pooled variants) or an experiment (baselines).
     """
@@ -69,6 +71,7 @@ class FittedVariant:
     combinations: tuple[Estimate, ...]
     n_parameters: int
     fit: FitResult | None
+    baselines: dict[str, StepBaseline]
     _predict: Callable[[pd.DataFrame], FloatArray]
 
     def predict_us(self, steps: pd.DataFrame) -> FloatArray:
@@ -113,6 +116,7 @@ def _fit_pooled(name: str, split: Split, accelerator: Accelerator) -> FittedVari
         combinations=result.combinations,
         n_parameters=len(model.parameters),
         fit=result,
+        baselines={},
         _predict=lambda steps: result.predict_us(StepFeatures.of(steps, accelerator)),
     )
 
@@ -141,4 +145,4 @@ def _fit_each(name: str, split: Split, accelerator: Accelerator) -> FittedVarian
         return predicted
 
     per_experiment = max((len(m.parameters()) for m in fitted.values()), default=0)
-    return FittedVariant(name, estimates, (), per_experiment, None, predict)
+    return FittedVariant(name, estimates, (), per_experiment, None, fitted, predict)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,8 +14,6 @@ from hypothesis import settings
 from stepcal.datasets.catalogue import load_steps
 from stepcal.hardware import Accelerator, load_accelerator
 from stepcal.locations import project_root
-
-sys.path.insert(0, str(Path(__file__).parent))  # `tests/reference` is imported by its bare name
 
 # The same examples on every machine, however slow it is at the moment; a bug hunt may raise the number.
 settings.register_profile("stepcal", max_examples=40, deadline=None, derandomize=True)

@@ -1,0 +1,171 @@
+"""From a fitted step-time model to a clock of the simulator.
+
+A correction model is a sum of a prefill term, a decode term and a constant, so it becomes tables over tokens and is
+compiled. Baselines that are not such sums are asked at every step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from stepcal.architecture import ModelArchitecture
+from stepcal.baselines import (
+    BATCH_FEATURES,
+    Blackbox,
+    BucketMedianRatio,
+    ConstantStep,
+    GradientBoosting,
+    RawAnalytical,
+    StepBaseline,
+)
+from stepcal.corrections import SMALLEST_STEP_US, CorrectionModel, StepFeatures
+from stepcal.decomposition import study_components_us
+from stepcal.errors import InputError
+from stepcal.hardware import Accelerator
+from stepcal.simulator import CompiledStepTime, ServerConfig, StepBatch, StepTime
+
+FloatArray = NDArray[np.float64]
+Clock = CompiledStepTime | StepTime
+
+
+def correction_clock(
+    model: CorrectionModel,
+    theta: FloatArray,
+    architecture: ModelArchitecture,
+    accelerator: Accelerator,
+    server: ServerConfig,
+    *,
+    tensor_parallel: int,
+) -> CompiledStepTime:
+    """Compile a fitted correction model for one server.
+
+    Parameters
+    ----------
+    model : CorrectionModel
+    theta : ndarray, shape (n_parameters,)
+    architecture : ModelArchitecture
+    accelerator : Accelerator
+    server : ServerConfig
+        Its limits bound the tables.
+    tensor_parallel : int
+
+    Returns
+    -------
+    CompiledStepTime
+
+    Raises
+    ------
+    InputError
+        If the model was not fitted to the architecture's family, or `tensor_parallel` does not divide its heads.
+    """
+
+    def total(prefill: NDArray[np.int64], decode: NDArray[np.int64]) -> FloatArray:
+        features = StepFeatures.of_batches(prefill, decode, architecture, accelerator, tensor_parallel=tensor_parallel)
+        return model.total_us(theta, features)
+
+    tokens, requests = np.arange(server.max_num_batched_tokens + 1), np.arange(server.max_num_seqs + 1)
+    constant = float(total(np.zeros(1, int), np.zeros(1, int))[0])
+    return CompiledStepTime(
+        constant_us=constant,
+        prefill_tokens_us=total(tokens, np.zeros_like(tokens)) - constant,
+        decode_requests_us=total(np.zeros_like(requests), requests) - constant,
+        floor_us=SMALLEST_STEP_US,
+    )
+
+
+def baseline_clock(
+    baseline: StepBaseline,
+    architecture: ModelArchitecture,
+    accelerator: Accelerator,
+    server: ServerConfig,
+    *,
+    tensor_parallel: int,
+) -> Clock:
+    """Turn a fitted baseline into a clock of one server.
+
+    Parameters are those of `correction_clock`, and `baseline` is one of `stepcal.baselines`.
+
+    Raises
+    ------
+    InputError
+        If the baseline looks at something that a simulator does not know before the step runs.
+    """
+    if isinstance(baseline, ConstantStep):
+        return CompiledStepTime(constant_us=baseline.median_us)
+    if isinstance(baseline, Blackbox):
+        intercept, per_prefill, per_decode = (float(c) for c in baseline.coefficients)
+        return CompiledStepTime(
+            constant_us=intercept,
+            prefill_tokens_us=per_prefill,
+            decode_requests_us=per_decode,
+            floor_us=SMALLEST_STEP_US,
+        )
+    if isinstance(baseline, GradientBoosting):
+        return _boosting_clock(baseline)
+    prefill, decode = _raw_tables_us(architecture, accelerator, server, tensor_parallel)
+    if isinstance(baseline, RawAnalytical):
+        return CompiledStepTime(prefill_tokens_us=prefill, decode_requests_us=decode, floor_us=SMALLEST_STEP_US)
+    if isinstance(baseline, BucketMedianRatio):
+        return _bucket_clock(baseline, prefill, decode)
+    raise InputError(f"No clock for a `{type(baseline).__name__}`. Give the simulator a callable of your own.")
+
+
+def _raw_tables_us(
+    architecture: ModelArchitecture, accelerator: Accelerator, server: ServerConfig, tensor_parallel: int
+) -> tuple[FloatArray, FloatArray]:
+    """Analytical time by prefill tokens, and by decode tokens."""
+    tokens, requests = np.arange(server.max_num_batched_tokens + 1), np.arange(server.max_num_seqs + 1)
+
+    def raw(prefill: NDArray[np.int64], decode: NDArray[np.int64]) -> FloatArray:
+        components = study_components_us(prefill, decode, architecture, accelerator, tensor_parallel=tensor_parallel)
+        total: FloatArray = components.sum(axis=1)
+        return total
+
+    return raw(tokens, np.zeros_like(tokens)), raw(np.zeros_like(requests), requests)
+
+
+def _bucket_clock(baseline: BucketMedianRatio, prefill_us: FloatArray, decode_us: FloatArray) -> StepTime:
+    requests = pd.DataFrame({"decode_tokens": np.arange(decode_us.size)})
+    ratios = baseline.ratio(requests)
+
+    def clock(batch: StepBatch) -> float:
+        decode = batch.decode_tokens
+        raw = max(float(prefill_us[batch.prefill_tokens] + decode_us[decode]), SMALLEST_STEP_US)
+        return raw * float(ratios[decode])
+
+    return clock
+
+
+def _boosting_clock(baseline: GradientBoosting) -> StepTime:
+    if tuple(baseline.features) != BATCH_FEATURES:
+        raise InputError(
+            f"Trees that see {', '.join(baseline.features)} cannot drive a simulator, which knows only "
+            f"{', '.join(BATCH_FEATURES)} before a step runs. Fit `GradientBoosting(features=BATCH_FEATURES)`."
+        )
+
+    def predict(prefill: int, decode: int, prefill_requests: int, waiting: int) -> float:
+        row = pd.DataFrame([[prefill, decode, prefill_requests, waiting]], columns=list(BATCH_FEATURES))
+        return float(baseline.predict_us(row)[0])
+
+    remembered = _remember(predict)
+
+    def clock(batch: StepBatch) -> float:
+        return remembered(batch.prefill_tokens, batch.decode_tokens, batch.prefill_chunk_tokens.size, batch.waiting)
+
+    return clock
+
+
+def _remember(predict: Callable[..., float]) -> Callable[..., float]:
+    """Ask once for each batch: a run of a million steps has some thousand different ones."""
+    answers: dict[tuple[int, ...], float] = {}
+
+    def remembered(*batch: int) -> float:
+        if batch not in answers:
+            answers[batch] = predict(*batch)
+        return answers[batch]
+
+    return remembered

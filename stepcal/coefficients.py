@@ -1,0 +1,192 @@
+"""Coefficient files: a fitted step-time model as JSON, by name or by path, ready to drive a simulator.
+
+``stepcal fit VARIANT --json FILE`` writes one. The recorded fits of the study's variants go by their names, and a file
+of variant ``affine`` gives the terms of an affine step time directly.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from stepcal.architecture import ModelArchitecture
+from stepcal.baselines import Blackbox, ConstantStep, RawAnalytical, StepBaseline
+from stepcal.clocks import Clock, baseline_clock, correction_clock
+from stepcal.corrections import CorrectionModel, Global9, Model36, Phase16
+from stepcal.errors import InputError
+from stepcal.hardware import Accelerator
+from stepcal.recorded import read_recorded
+from stepcal.simulator import CompiledStepTime, ServerConfig
+
+RECORDED_VARIANTS = ("global9", "phase16", "model36")
+"""Variants whose fit to the public traces is recorded, so that their names are coefficients."""
+AFFINE = "affine"
+AFFINE_TERMS = (
+    "constant_us",
+    "tokens_us",
+    "prefill_tokens_us",
+    "requests_us",
+    "decode_requests_us",
+    "kv_us",
+    "prefill_kv_us",
+    "prefill_pair_us",
+    "waiting_us",
+    "host_constant_us",
+    "host_requests_us",
+    "host_waiting_us",
+    "floor_us",
+)
+"""Parameters of an ``affine`` file; see `stepcal.simulator.CompiledStepTime`."""
+
+
+@dataclass(frozen=True)
+class Coefficients:
+    """A fitted step-time model without its training data.
+
+    Attributes
+    ----------
+    variant : str
+    values : dict
+        Value of each parameter by name.
+    origin : str
+        The file or recording it was read from.
+    """
+
+    variant: str
+    values: dict[str, float]
+    origin: str
+
+    def clock(
+        self,
+        architecture: ModelArchitecture,
+        accelerator: Accelerator,
+        server: ServerConfig,
+        *,
+        tensor_parallel: int,
+    ) -> Clock:
+        """Return the clock of one server.
+
+        Raises
+        ------
+        InputError
+            If a parameter is missing, or the model was not fitted to the architecture's family.
+        """
+        if self.variant == AFFINE:
+            return self._affine()
+        if self.variant in _BASELINES:
+            baseline = _BASELINES[self.variant](self, accelerator)
+            return baseline_clock(baseline, architecture, accelerator, server, tensor_parallel=tensor_parallel)
+        model = self._correction_model(accelerator)
+        theta = np.array([self._value(p.name) for p in model.parameters])
+        return correction_clock(model, theta, architecture, accelerator, server, tensor_parallel=tensor_parallel)
+
+    def _correction_model(self, accelerator: Accelerator) -> CorrectionModel:
+        if self.variant == "global9":
+            return Global9()
+        if self.variant == "phase16":
+            return Phase16.for_accelerator(accelerator)
+        families = dict.fromkeys(name.rpartition(".")[0] for name in self.values)
+        return Model36(tuple(families))
+
+    def _affine(self) -> CompiledStepTime:
+        unknown = sorted(set(self.values) - set(AFFINE_TERMS))
+        if unknown:
+            raise InputError(f"{self.origin}: unknown term `{unknown[0]}`. Terms: {', '.join(AFFINE_TERMS)}.")
+        return CompiledStepTime(**dict[str, Any](self.values))
+
+    def _value(self, name: str) -> float:
+        """Value of a parameter; a baseline's parameter may bear its experiment in front, if there is one only."""
+        found = [v for key, v in self.values.items() if key == name or key.endswith(f".{name}")]
+        exact = self.values.get(name)
+        if exact is not None:
+            return exact
+        if len(found) != 1:
+            how = "lacks" if not found else f"has {len(found)} experiments with"
+            raise InputError(
+                f"{self.origin} {how} `{name}`. Fit `{self.variant}` to one experiment (`--experiment ID`)."
+            )
+        return found[0]
+
+
+def load_coefficients(name_or_path: str) -> Coefficients:
+    """Read coefficients by the name of a recorded variant, or from a file.
+
+    Parameters
+    ----------
+    name_or_path : str
+        ``global9``, ``phase16`` or ``model36``, or the path of a JSON file with `variant` and `parameters`.
+
+    Returns
+    -------
+    Coefficients
+
+    Raises
+    ------
+    InputError
+        If the name is unknown, or the file is not a coefficient file.
+    """
+    if name_or_path in RECORDED_VARIANTS:
+        table = read_recorded("h2").tables["parameters"]
+        own = table[table["variant"] == name_or_path]
+        values = dict(zip(own["name"].astype(str), own["value"].astype(float), strict=True))
+        return Coefficients(name_or_path, values, f"the recorded fit of {name_or_path}")
+    path = Path(name_or_path)
+    if not path.is_file():
+        raise InputError(
+            f"`{name_or_path}` is neither a file nor a set of coefficients. Recorded: {', '.join(RECORDED_VARIANTS)}. "
+            "`stepcal fit VARIANT --json FILE` writes a file."
+        )
+    return _read(path)
+
+
+def _read(path: Path) -> Coefficients:
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        variant = str(content["variant"])
+        values = {str(p["name"]): float(p["value"]) for p in content["parameters"]}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{path} is not a coefficient file ({type(error).__name__}: {error}). It is JSON with `variant` and "
+            "`parameters`, a list of objects with `name` and `value`."
+        ) from None
+    known = (AFFINE, *_BASELINES, *RECORDED_VARIANTS)
+    if variant not in known:
+        raise InputError(
+            f"{path} holds the variant `{variant}`, which cannot be read from a file. Known: {', '.join(known)}."
+        )
+    bad = next((name for name, value in values.items() if not np.isfinite(value)), None)
+    if bad is not None:
+        raise InputError(f"{path}: `{bad}` is {values[bad]}; coefficients are finite numbers.")
+    return Coefficients(variant, values, str(path))
+
+
+def _blackbox(coefficients: Coefficients, accelerator: Accelerator) -> StepBaseline:
+    del accelerator
+    baseline = Blackbox()
+    names = ("intercept", "prefill_tokens", "decode_tokens")
+    baseline.coefficients = np.array([coefficients._value(name) for name in names])
+    return baseline
+
+
+def _constant(coefficients: Coefficients, accelerator: Accelerator) -> StepBaseline:
+    del accelerator
+    baseline = ConstantStep()
+    baseline.median_us = coefficients._value("median_us")
+    return baseline
+
+
+def _raw(coefficients: Coefficients, accelerator: Accelerator) -> StepBaseline:
+    del coefficients
+    return RawAnalytical(accelerator)
+
+
+_BASELINES: dict[str, Callable[[Coefficients, Accelerator], StepBaseline]] = {
+    "blackbox": _blackbox,
+    "constant": _constant,
+    "raw": _raw,
+}

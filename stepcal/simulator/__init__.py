@@ -1,0 +1,34 @@
+"""A discrete-event simulator of vLLM 0.15.1: requests in, latencies out, on the clock of any step-time model.
+
+It knows nothing of fits, architectures or plots: `simulate` takes a `RequestList`, a `ServerConfig` and a step time.
+"""
+
+from stepcal.simulator.arrivals import LoadStage, empirical_lengths, fixed_lengths, generate_arrivals
+from stepcal.simulator.config import ServerConfig
+from stepcal.simulator.conversations import make_conversations
+from stepcal.simulator.engine import SimulationInterrupted, simulate
+from stepcal.simulator.inference_perf import SharedPrefixWorkload, read_workload
+from stepcal.simulator.replay import replay_requests
+from stepcal.simulator.result import SimulationResult
+from stepcal.simulator.steptime import CompiledStepTime, StepBatch, StepTime
+from stepcal.simulator.workload import RequestList, make_requests
+
+__all__ = [
+    "CompiledStepTime",
+    "LoadStage",
+    "RequestList",
+    "ServerConfig",
+    "SharedPrefixWorkload",
+    "SimulationInterrupted",
+    "SimulationResult",
+    "StepBatch",
+    "StepTime",
+    "empirical_lengths",
+    "fixed_lengths",
+    "generate_arrivals",
+    "make_conversations",
+    "make_requests",
+    "read_workload",
+    "replay_requests",
+    "simulate",
+]

@@ -1,0 +1,164 @@
+"""How requests end: finished when the output with their last token is processed, or aborted by their client."""
+
+import numpy as np
+
+from stepcal.simulator import layout as at
+from stepcal.simulator.blocks import drop_ghost, free_anonymous, free_keyed, register
+from stepcal.simulator.compilation import compiled, inlined
+from stepcal.simulator.layout import Int64Array, Limits, Pool, Requests, Slots
+from stepcal.simulator.scheduling import blocks_of, find_next_finish, stop_decoding
+
+
+@compiled
+def _tokens_generated(slots: Slots, slot: int, last_output: int) -> int:
+    """Output tokens that exist once the output of call `last_output` is processed."""
+    if slots.rows.state[slot] == at.SLOT_DECODE:
+        return max(
+            slots.rows.generated[slot], slots.rows.output[slot] - max(0, slots.rows.finish_call[slot] - last_output)
+        )
+    return slots.rows.generated[slot]
+
+
+@inlined
+def _end(requests: Requests, slots: Slots, counts: Int64Array, request: int, status: int, now_us: float) -> None:
+    requests.rows.status[request] = status
+    requests.rows.finish_us[request] = now_us
+    counts[at.N_ENDED] += 1
+    counts[at.HAS_ENDED] = 1
+    counts[at.IS_BLOCKED] = 0
+
+
+@inlined
+def _free_slot(slots: Slots, counts: Int64Array, slot: int) -> None:
+    slots.rows.state[slot] = at.SLOT_FREE
+    slots.free[counts[at.N_FREE_SLOTS]] = slot
+    counts[at.N_FREE_SLOTS] += 1
+
+
+@compiled
+def _follow_up(limits: Limits, requests: Requests, counts: Int64Array, request: int, now_us: float) -> None:
+    """Send the next turn of a session, its think time after the answer reached the client."""
+    follower = requests.follower[request]
+    if follower < 0:
+        return
+    due = now_us + limits.api_after_us + requests.rows.arrival_us[follower] + limits.api_before_us
+    i = counts[at.N_HEAP]
+    counts[at.N_HEAP] = i + 1
+    while i > 0:
+        parent = (i - 1) // 2
+        if requests.heap.time[parent] <= due:
+            break
+        requests.heap.time[i], requests.heap.request[i] = requests.heap.time[parent], requests.heap.request[parent]
+        i = parent
+    requests.heap.time[i], requests.heap.request[i] = due, follower
+
+
+@compiled
+def finish_requests(
+    limits: Limits, requests: Requests, slots: Slots, pool: Pool, counts: Int64Array, call: int, now_us: float
+) -> None:
+    """Process the output of `call`: requests whose last token it computed give back slot and blocks, in list order."""
+    n_kept = 0
+    for i in range(counts[at.N_RUNNING]):
+        slot = slots.running[i]
+        if slots.running_finish[i] != call:
+            slots.running[n_kept] = slot
+            slots.running_finish[n_kept] = slots.running_finish[i]
+            n_kept += 1
+            continue
+        request = slots.rows.request[slot]
+        kv_tokens = slots.rows.prompt[slot] + slots.rows.output[slot] - 1
+        register(pool, slots, slot, requests.rows.chain[request], kv_tokens // limits.block_size)
+        free_anonymous(pool, blocks_of(kv_tokens, limits.block_size) - slots.rows.n_keyed[slot])
+        free_keyed(pool, slots, slot)
+        _finish(limits, requests, slots, counts, slot, now_us)
+    counts[at.N_RUNNING] = n_kept
+    i = 0
+    while i < counts[at.N_PREEMPTED]:  # preempted while its last token was in flight
+        slot = slots.preempted[i]
+        if slots.rows.generated[slot] == slots.rows.output[slot] and slots.rows.finish_call[slot] == call:
+            drop_ghost(pool, slot)
+            _remove_preempted(slots, counts, i)
+            _finish(limits, requests, slots, counts, slot, now_us)
+        else:
+            i += 1
+
+
+@inlined
+def _finish(limits: Limits, requests: Requests, slots: Slots, counts: Int64Array, slot: int, now_us: float) -> None:
+    request = slots.rows.request[slot]
+    requests.rows.generated_tokens[request] = slots.rows.output[slot]
+    _end(requests, slots, counts, request, at.FINISHED, now_us)
+    _free_slot(slots, counts, slot)
+    if requests.follower.size:
+        _follow_up(limits, requests, counts, request, now_us)
+
+
+@compiled
+def _remove_preempted(slots: Slots, counts: Int64Array, i: int) -> None:
+    counts[at.N_PREEMPTED] -= 1
+    for j in range(i, counts[at.N_PREEMPTED]):
+        slots.preempted[j] = slots.preempted[j + 1]
+
+
+@compiled
+def abort_request(
+    limits: Limits, requests: Requests, slots: Slots, pool: Pool, counts: Int64Array, request: int, now_us: float
+) -> None:
+    """The client gave up: the request leaves its queue and its blocks are free at once."""
+    if requests.rows.status[request] == at.WAITING:
+        counts[at.N_QUEUED] -= 1
+    else:
+        _abort_admitted(limits, requests, slots, pool, counts, request)
+    _end(requests, slots, counts, request, at.ABORTED, now_us)
+    if requests.follower.size:  # the turns that would have followed are never sent
+        turn = requests.follower[request]
+        while turn >= 0:
+            requests.rows.status[turn] = at.NOT_SENT
+            counts[at.N_ENDED] += 1
+            turn = requests.follower[turn]
+
+
+@compiled
+def _abort_admitted(
+    limits: Limits, requests: Requests, slots: Slots, pool: Pool, counts: Int64Array, request: int
+) -> None:
+    call = counts[at.N_CALLS]
+    last_output = counts[at.LAST_OUTPUT]
+    for i in range(counts[at.N_PREEMPTED]):
+        slot = slots.preempted[i]
+        if slots.rows.request[slot] == request:
+            # A token in flight when it was preempted counts only if its output was processed.
+            in_flight = (
+                slots.rows.finish_call[slot] - (slots.rows.output[slot] - slots.rows.generated[slot]) > last_output
+            )
+            requests.rows.generated_tokens[request] = slots.rows.generated[slot] - (1 if in_flight else 0)
+            if slots.rows.first_call[slot] > last_output:
+                requests.rows.first_token_us[request] = np.nan
+                requests.rows.generated_tokens[request] = 0
+            drop_ghost(pool, slot)
+            _remove_preempted(slots, counts, i)
+            _free_slot(slots, counts, slot)
+            return
+    i = 0
+    while slots.rows.request[slots.running[i]] != request:
+        i += 1
+    slot = slots.running[i]
+    requests.rows.generated_tokens[request] = _tokens_generated(slots, slot, last_output)
+    if slots.rows.first_call[slot] > last_output:
+        requests.rows.first_token_us[request] = np.nan
+    if slots.rows.state[slot] == at.SLOT_DECODE:
+        computed = slots.rows.base[slot] + min(call, slots.rows.finish_call[slot] + 1)
+        if slots.rows.finish_call[slot] >= call:
+            stop_decoding(slots, counts, slot, limits.block_size, requests.rows.stage[request])
+    else:
+        computed = slots.rows.computed[slot]
+        counts[at.PREFILL_SLOT] = -1
+    free_anonymous(pool, blocks_of(computed, limits.block_size) - slots.rows.n_keyed[slot])
+    free_keyed(pool, slots, slot)
+    counts[at.N_RUNNING] -= 1
+    for j in range(i, counts[at.N_RUNNING]):
+        slots.running[j] = slots.running[j + 1]
+        slots.running_finish[j] = slots.running_finish[j + 1]
+    _free_slot(slots, counts, slot)
+    find_next_finish(slots, counts, call)

@@ -1,0 +1,269 @@
+"""The arrays of a running simulation: what the compiled functions read and write, and in which unit.
+
+Everything lives in flat numpy arrays, grouped by who owns it, because compiled code is fastest on them. Scalars that
+survive from one call of the compiled loop to the next are elements of `counts` (integers) and `clock` (microseconds),
+named below.
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+Int8Array = NDArray[np.int8]
+Int32Array = NDArray[np.int32]
+Int64Array = NDArray[np.int64]
+FloatArray = NDArray[np.float64]
+# A structured array, of which compiled code reads the fields as attributes.
+Rows = Any
+
+# A step number beyond any simulation: "never".
+NEVER = 1 << 60
+
+# Status of a request. It ends in exactly one of the last three.
+NOT_ARRIVED, WAITING, RUNNING, FINISHED, ABORTED, NOT_SENT = 0, 1, 2, 3, 4, 5
+STATUS_NAMES = ("not_arrived", "waiting", "running", "finished", "aborted", "not_sent")
+
+# State of a slot (a request that is admitted, or was and is preempted).
+SLOT_FREE, SLOT_PREFILL, SLOT_DECODE, SLOT_PREEMPTED = 0, 1, 2, 3
+
+# What an entry of the free queue is, where it is not the prefix node of a cached block (>= 0).
+# Values below ANONYMOUS name the preempted request whose cached blocks the entry holds: -2 - slot.
+ANONYMOUS = -1
+
+# Why the compiled loop came back.
+DONE, PAUSED, NEEDS_DURATION, STUCK, BAD_DURATION, GO_ON = 0, 1, 2, 3, 4, 5
+
+# Elements of `counts`.
+N_CALLS = 0  # schedule() calls so far; also the number of the next one
+N_STEPS = 1  # calls that scheduled something
+N_PREEMPTIONS = 2
+N_ENDED = 3  # requests with a final status
+LAST_OUTPUT = 4  # number of the last call whose output was processed
+N_RUNNING = 5
+N_PREEMPTED = 6  # preempted requests that wait, in front of all others
+N_QUEUED = 7  # arrived requests that were never admitted and still wait
+QUEUE_HEAD = 8
+QUEUE_TAIL = 9
+NEXT_ARRIVAL = 10
+NEXT_ABORT = 11
+NEXT_OUTPUT_ABORT = 12
+N_HEAP = 13
+N_FREE_SLOTS = 14
+N_DECODING = 15  # requests that the next call schedules one token for
+SUM_BASE = 16  # sum of `slots.base` over them
+NEXT_FINISH = 17  # smallest `slots.finish_call` over them
+PREFILL_SLOT = 18  # the one request whose prompt is computed in part, or -1
+N_KEYED_OUTPUTS = 19  # decoding requests whose output other requests can hit
+HAS_ENDED = 20  # 1 if a request ended since the last call: vLLM then makes one more call
+IS_BLOCKED = 21  # 1 if the head of the queue does not fit, until blocks are freed
+N_IN_FLIGHT = 22
+FLIGHT_CALL = 23  # two elements: oldest first
+FLIGHT_FINISHES = 25
+FLIGHT_STEP = 27
+N_ROWS = 27  # rows of the step record
+N_ROW_ITEMS = 28
+N_ROW_PREEMPTED = 29
+N_ROW_CACHED = 30
+N_DRAWN = 31  # steps drawn for the sample of steps
+RESUME = 32  # 1 if the loop waits for the duration of the step it just scheduled
+SIZE_COUNTS = 33
+
+# Elements of a batch: what the step time depends on.
+PREFILL_REQS, PREFILL_TOKENS, PREFILL_KV, PREFILL_PAIRS, DECODE_REQS, DECODE_KV, N_WAITING, HAS_FINISH = range(8)
+SIZE_BATCH = 8
+
+# Elements of `clock`, in microseconds.
+NOW = 0
+FLIGHT_END = 1  # two elements
+GPU_FREE = 3
+DURATION = 4  # given from outside for the step in `RESUME`
+SIZE_CLOCK = 5
+
+
+class Limits(NamedTuple):
+    """Scheduler limits and modes, as plain integers."""
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    block_size: int
+    flight_limit: int  # batches that may be in flight: 2 with asynchronous scheduling, else 1
+    counts_calls: int  # 1: arrivals and aborts are numbers of schedule() calls, not times
+    max_jump: int  # most decode steps advanced at once
+    needs_duration: int  # 1: the caller supplies every step's duration
+    has_caching: int
+    api_after_us: float
+    api_before_us: float
+    timeout_us: float
+    has_abort_times: int
+
+
+# One row a request: what it asks for and what became of it.
+REQUEST_ROW = np.dtype(
+    [
+        (
+            "arrival_us",
+            np.float64,
+        ),  # at the engine; of a follow-up turn the think time, until the turn before has ended
+        ("first_scheduled_us", np.float64),
+        ("first_token_us", np.float64),
+        ("finish_us", np.float64),
+        ("prompt_tokens", np.int32),
+        ("output_tokens", np.int32),
+        ("chain", np.int32),
+        ("preemptions", np.int32),
+        ("cached_tokens", np.int32),
+        ("generated_tokens", np.int32),
+        ("stage", np.int16),
+        ("status", np.int8),
+        ("is_follow_up", np.int8),
+    ],
+    align=True,
+)
+
+# One row a slot: a request that is admitted, or was and is preempted.
+SLOT_ROW = np.dtype(
+    [
+        ("base", np.int64),  # while decoding: tokens computed before call c are base + c
+        ("finish_call", np.int64),  # the call that computes the last output token
+        ("first_call", np.int64),  # the call that computes the first output token
+        ("chunk_call", np.int64),  # the call of the last chunk
+        ("last_token_us", np.float64),  # when preempted
+        ("request", np.int32),
+        ("prompt", np.int32),
+        ("output", np.int32),
+        ("generated", np.int32),  # output tokens that existed when the request was last admitted
+        ("known", np.int32),  # prompt + generated: tokens to compute before the next one is generated
+        ("computed", np.int32),  # while prefilling
+        ("chunk", np.int32),  # tokens of the last chunk
+        ("n_keyed", np.int32),  # cached blocks at the front of the block table
+        ("keyed_limit", np.int32),  # blocks that other requests can hit
+        ("state", np.int32),
+    ],
+    align=True,
+)
+
+# One row an entry of the free queue: a block that can be hit, or a run of blocks that cannot. Row 0 is the queue's
+# sentinel.
+ENTRY_ROW = np.dtype(
+    [
+        ("next", np.int32),
+        ("prev", np.int32),
+        ("node", np.int32),  # prefix that the block holds, or ANONYMOUS and below
+        ("count", np.int32),
+        ("references", np.int32),
+        ("same_next", np.int32),  # cached copies of the same prefix, oldest first
+        ("same_prev", np.int32),
+        ("spare", np.int32),  # stack of unused rows
+    ],
+    align=True,
+)
+
+NODE_ROW = np.dtype([("first", np.int32), ("last", np.int32)])  # entries of the copies of a prefix, or 0
+SEGMENT_ROW = np.dtype([("offset", np.int64), ("end", np.int64)])
+HEAP_ROW = np.dtype([("time", np.float64), ("request", np.int64)])
+
+
+class Requests(NamedTuple):
+    """The request list, and the queues in front of the scheduler."""
+
+    rows: Rows  # REQUEST_ROW
+    queue: Int32Array  # requests in order of arrival
+    follower: Int32Array  # the next turn of each request's session, or -1; empty without sessions
+    heap: Rows  # HEAP_ROW: follow-up turns to be sent, earliest first
+    abort_at: FloatArray
+    abort_order: Int32Array
+    output_abort_at: FloatArray  # conformance only: before the output of this call
+    output_abort_order: Int32Array
+
+
+class Slots(NamedTuple):
+    """Requests that are admitted or preempted, at most `max_num_seqs`, and their lists."""
+
+    rows: Rows  # SLOT_ROW
+    blocks: Int32Array  # (slots, blocks): entries of the cached blocks
+    free: Int32Array  # stack of free slots
+    running: Int32Array  # slots in the order of vLLM's running list
+    running_finish: Int64Array  # their finish_call (NEVER while prefilling)
+    preempted: Int32Array  # stack: the last is the head of the waiting queue
+    crossings: Int64Array  # (block_size,): decoding requests that need a block in calls with this remainder
+    stage_decoding: Int64Array  # (stages,): decoding requests of each stage of load
+    stage_batch: Int64Array  # (stages,): the same for the batch just scheduled
+
+
+class Pool(NamedTuple):
+    """KV blocks: the free queue in eviction order, and which cached block stands for which prefix.
+
+    Only blocks that another request can hit are told apart. All others are interchangeable, so a run of them is one
+    entry with a count.
+    """
+
+    entries: Rows  # ENTRY_ROW
+    nodes: Rows  # NODE_ROW
+    chain_start: Int64Array  # see `prefix.PrefixTable`
+    segments: Rows  # SEGMENT_ROW
+    ghost: Int32Array  # per slot: the entry of a preempted request's own cached blocks, or 0
+    n: Int64Array  # N_FREE, N_SPARE
+
+
+N_FREE, N_SPARE = 0, 1
+
+
+class Times(NamedTuple):
+    """Step time in microseconds, see `steptime.CompiledStepTime`."""
+
+    constant_us: float
+    tokens_us: FloatArray
+    prefill_tokens_us: FloatArray
+    requests_us: FloatArray
+    decode_requests_us: FloatArray
+    kv_us: float
+    prefill_kv_us: float
+    prefill_pair_us: float
+    waiting_us: float
+    host_constant_us: float
+    host_requests_us: FloatArray
+    host_waiting_us: float
+    floor_us: float
+    overlap: int
+
+
+class Record(NamedTuple):
+    """The step record, filled and drained by turns, and the distribution of gaps between tokens."""
+
+    is_on: int
+    keep_empty: int
+    sample: Int8Array  # 1: keep the step
+    ints: Int64Array  # (rows, len(ROW_INTS))
+    floats: FloatArray  # (rows, len(ROW_FLOATS))
+    item_request: Int32Array
+    item_tokens: Int32Array
+    item_kv: Int32Array
+    item_is_prefill: Int8Array
+    preempted: Int32Array
+    cached_request: Int32Array
+    cached_tokens: Int32Array
+    gap_counts: Int64Array  # (stages, bins)
+    gap_sums: FloatArray  # (stages,)
+
+
+ROW_INTS = (
+    "call",
+    "running_depth",
+    "waiting_depth",
+    "num_prefill_reqs",
+    "num_decode_reqs",
+    "prefill_tokens",
+    "decode_tokens",
+    "num_finished",
+    "num_preempted",
+    "kv_blocks_free",
+    "decode_kv_tokens",
+    "prefill_kv_tokens",
+    "prefill_pairs",
+    "items_end",
+    "preempted_end",
+    "cached_end",
+)
+ROW_ITEMS_END, ROW_PREEMPTED_END, ROW_CACHED_END = 13, 14, 15
+ROW_FLOATS = ("schedule_us", "start_us", "end_us")

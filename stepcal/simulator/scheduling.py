@@ -1,0 +1,321 @@
+"""A call of vLLM's ``schedule()``: who decodes, who is preempted, whose prompt goes on, who is admitted.
+
+Decoding requests are not visited one by one. All of them get one token a call, so a request is described by the calls
+in which it starts and finishes, and the batch by a few sums; who needs a new block in call c is the number of
+requests whose context length meets the block size in that call (``slots.crossings``).
+"""
+
+import numpy as np
+
+from stepcal.simulator import layout as at
+from stepcal.simulator.blocks import (
+    find_cached,
+    free_anonymous,
+    free_ghost,
+    free_keyed,
+    register,
+    take_blocks,
+    touch,
+    touch_ghost,
+)
+from stepcal.simulator.compilation import compiled, inlined
+from stepcal.simulator.layout import Int64Array, Limits, Pool, Record, Requests, Slots
+
+
+@inlined
+def blocks_of(n_tokens: int, block_size: int) -> int:
+    """Blocks that hold so many tokens."""
+    return (n_tokens + block_size - 1) // block_size
+
+
+@inlined
+def start_decoding(slots: Slots, counts: Int64Array, slot: int, block_size: int, stage: int) -> None:
+    """The request's last known token is computed in this call; the next calls give it one token each."""
+    call = counts[at.N_CALLS]
+    finish_call = call + slots.rows.output[slot] - slots.rows.generated[slot] - 1
+    slots.rows.state[slot] = at.SLOT_DECODE
+    slots.rows.finish_call[slot] = finish_call
+    slots.rows.base[slot] = slots.rows.known[slot] - call - 1
+    if slots.rows.generated[slot] == 0:
+        slots.rows.first_call[slot] = call
+    if finish_call == call:
+        return
+    counts[at.N_DECODING] += 1
+    counts[at.SUM_BASE] += slots.rows.base[slot]
+    counts[at.NEXT_FINISH] = min(counts[at.NEXT_FINISH], finish_call)
+    slots.crossings[-slots.rows.base[slot] % block_size] += 1
+    slots.stage_decoding[stage] += 1
+    if slots.rows.keyed_limit[slot] > slots.rows.known[slot] // block_size:
+        counts[at.N_KEYED_OUTPUTS] += 1
+
+
+@inlined
+def stop_decoding(slots: Slots, counts: Int64Array, slot: int, block_size: int, stage: int) -> None:
+    """Take a request out of the sums over decoding requests."""
+    counts[at.N_DECODING] -= 1
+    counts[at.SUM_BASE] -= slots.rows.base[slot]
+    slots.crossings[-slots.rows.base[slot] % block_size] -= 1
+    slots.stage_decoding[stage] -= 1
+    if slots.rows.keyed_limit[slot] > slots.rows.known[slot] // block_size:
+        counts[at.N_KEYED_OUTPUTS] -= 1
+
+
+@inlined
+def find_next_finish(slots: Slots, counts: Int64Array, call: int) -> None:
+    """Smallest finish call of the running requests that is not before `call`."""
+    smallest = at.NEVER
+    for i in range(counts[at.N_RUNNING]):
+        finish = slots.running_finish[i]
+        if finish >= call and finish < smallest:
+            smallest = finish
+    counts[at.NEXT_FINISH] = smallest
+
+
+@inlined
+def retire_last_tokens(limits: Limits, requests: Requests, slots: Slots, counts: Int64Array, call: int) -> int:
+    """Requests whose last token is computed in `call` are not scheduled after it. Returns their number."""
+    n_last = 0
+    for i in range(counts[at.N_RUNNING]):
+        if slots.running_finish[i] == call:
+            slot = slots.running[i]
+            stop_decoding(slots, counts, slot, limits.block_size, requests.rows.stage[slots.rows.request[slot]])
+            n_last += 1
+    find_next_finish(slots, counts, call + 1)
+    return n_last
+
+
+@compiled
+def register_outputs(
+    limits: Limits, requests: Requests, slots: Slots, pool: Pool, counts: Int64Array, call: int
+) -> None:
+    """Register blocks of generated text: synchronously when scheduled, asynchronously when the token is known."""
+    lag = 0 if limits.flight_limit > 1 else 1
+    for i in range(counts[at.N_RUNNING]):
+        slot = slots.running[i]
+        if slots.rows.state[slot] == at.SLOT_DECODE and slots.rows.finish_call[slot] >= call:
+            n_full = (slots.rows.base[slot] + call + lag) // limits.block_size
+            register(pool, slots, slot, requests.rows.chain[slots.rows.request[slot]], n_full)
+
+
+@compiled
+def next_registration(limits: Limits, slots: Slots, counts: Int64Array) -> int:
+    """The next call in which a block of generated text that others can hit becomes full."""
+    lag = 0 if limits.flight_limit > 1 else 1
+    earliest = at.NEVER
+    for i in range(counts[at.N_RUNNING]):
+        slot = slots.running[i]
+        if slots.rows.state[slot] == at.SLOT_DECODE and slots.rows.n_keyed[slot] < slots.rows.keyed_limit[slot]:
+            call = limits.block_size * (slots.rows.n_keyed[slot] + 1) - slots.rows.base[slot] - lag
+            earliest = min(earliest, call)
+    return earliest
+
+
+@compiled
+def _preempt_last(
+    limits: Limits, requests: Requests, slots: Slots, pool: Pool, counts: Int64Array, now_us: float
+) -> int:
+    """Preempt the last running request: all its blocks are freed, and it goes to the front of the queue."""
+    call = counts[at.N_CALLS]
+    counts[at.N_RUNNING] -= 1
+    slot = slots.running[counts[at.N_RUNNING]]
+    request = slots.rows.request[slot]
+    if slots.rows.state[slot] == at.SLOT_DECODE:
+        computed = slots.rows.base[slot] + call
+        lag = 1 if limits.flight_limit > 1 else 0
+        n_full = max(slots.rows.known[slot] // limits.block_size, (computed - lag) // limits.block_size)
+        if slots.rows.finish_call[slot] >= call:
+            stop_decoding(slots, counts, slot, limits.block_size, requests.rows.stage[request])
+            if counts[at.NEXT_FINISH] == slots.rows.finish_call[slot]:
+                find_next_finish(slots, counts, call)
+        slots.rows.generated[slot] = slots.rows.output[slot] - slots.rows.finish_call[slot] + call - 1
+        slots.rows.last_token_us[slot] = now_us
+    else:
+        computed = slots.rows.computed[slot]
+        n_full = computed // limits.block_size
+        counts[at.PREFILL_SLOT] = -1
+    slots.rows.state[slot] = at.SLOT_PREEMPTED
+    n_blocks = blocks_of(computed, limits.block_size)
+    n_keyed = slots.rows.n_keyed[slot]
+    if limits.has_caching:
+        free_anonymous(pool, n_blocks - max(n_full, n_keyed))
+        free_ghost(pool, slot, n_full - n_keyed)
+    else:
+        free_anonymous(pool, n_blocks)
+    free_keyed(pool, slots, slot)
+    slots.rows.known[slot] = slots.rows.prompt[slot] + slots.rows.generated[slot]
+    slots.preempted[counts[at.N_PREEMPTED]] = slot
+    counts[at.N_PREEMPTED] += 1
+    counts[at.N_PREEMPTIONS] += 1
+    counts[at.IS_BLOCKED] = 0
+    requests.rows.preemptions[request] += 1
+    return slot
+
+
+@compiled
+def schedule_short_of_blocks(
+    limits: Limits,
+    requests: Requests,
+    slots: Slots,
+    pool: Pool,
+    counts: Int64Array,
+    record: Record,
+    last_token_us: float,
+) -> int:
+    """Give each decoding request its block in list order, preempting from the end of the list while none is free.
+
+    Returns
+    -------
+    n_preempted
+    """
+    call = counts[at.N_CALLS]
+    lag = 0 if limits.flight_limit > 1 else 1
+    n_preempted, i = 0, 0
+    while i < counts[at.N_RUNNING]:
+        slot = slots.running[i]
+        if slots.rows.state[slot] == at.SLOT_DECODE and slots.rows.finish_call[slot] >= call:
+            if (slots.rows.base[slot] + call) % limits.block_size == 0:
+                victim = -1
+                while pool.n[at.N_FREE] == 0 and victim != slot:
+                    victim = _preempt_last(limits, requests, slots, pool, counts, last_token_us)
+                    note_preemption(record, counts, slots.rows.request[victim])
+                    n_preempted += 1
+                if victim == slot:
+                    break
+                take_blocks(pool, 1)
+            register(
+                pool,
+                slots,
+                slot,
+                requests.rows.chain[slots.rows.request[slot]],
+                (slots.rows.base[slot] + call + lag) // limits.block_size,
+            )
+        i += 1
+    return n_preempted
+
+
+@inlined
+def note_preemption(record: Record, counts: Int64Array, request: int) -> None:
+    """Keep a preempted request for the step's row."""
+    if record.is_on:
+        record.preempted[counts[at.N_ROW_PREEMPTED]] = request
+        counts[at.N_ROW_PREEMPTED] += 1
+
+
+@compiled
+def schedule_prefill(
+    limits: Limits, requests: Requests, slots: Slots, pool: Pool, counts: Int64Array, record: Record, budget: int
+) -> int:
+    """The next chunk of the one prompt that is computed in part (always the last of the running list).
+
+    Returns
+    -------
+    chunk
+        Tokens, or 0 if it had to be preempted because its blocks were short.
+    """
+    slot = counts[at.PREFILL_SLOT]
+    request = slots.rows.request[slot]
+    computed = slots.rows.computed[slot]
+    chunk = min(slots.rows.known[slot] - computed, budget)
+    n_new = blocks_of(computed + chunk, limits.block_size) - blocks_of(computed, limits.block_size)
+    if n_new > pool.n[at.N_FREE]:
+        _preempt_last(limits, requests, slots, pool, counts, np.nan)
+        note_preemption(record, counts, request)
+        return 0
+    take_blocks(pool, n_new)
+    _add_chunk(limits, requests, slots, pool, counts, slot, computed, chunk)
+    if slots.rows.state[slot] == at.SLOT_DECODE:
+        counts[at.PREFILL_SLOT] = -1
+        slots.running_finish[counts[at.N_RUNNING] - 1] = slots.rows.finish_call[slot]
+    return chunk
+
+
+@inlined
+def _add_chunk(
+    limits: Limits,
+    requests: Requests,
+    slots: Slots,
+    pool: Pool,
+    counts: Int64Array,
+    slot: int,
+    computed: int,
+    chunk: int,
+) -> None:
+    request = slots.rows.request[slot]
+    slots.rows.chunk[slot] = chunk
+    slots.rows.chunk_call[slot] = counts[at.N_CALLS]
+    slots.rows.computed[slot] = computed + chunk
+    register(pool, slots, slot, requests.rows.chain[request], (computed + chunk) // limits.block_size)
+    if computed + chunk == slots.rows.known[slot]:
+        start_decoding(slots, counts, slot, limits.block_size, requests.rows.stage[request])
+
+
+@inlined
+def head_of_queue(requests: Requests, slots: Slots, counts: Int64Array) -> int:
+    """The slot of the request that is next to be admitted; a fresh one is shown in the next free slot."""
+    if counts[at.N_PREEMPTED]:
+        return slots.preempted[counts[at.N_PREEMPTED] - 1]
+    while requests.rows.status[requests.queue[counts[at.QUEUE_HEAD]]] != at.WAITING:
+        counts[at.QUEUE_HEAD] += 1  # aborted while it waited
+    request = requests.queue[counts[at.QUEUE_HEAD]]
+    slot = slots.free[counts[at.N_FREE_SLOTS] - 1]
+    slots.rows.request[slot] = request
+    slots.rows.prompt[slot] = requests.rows.prompt_tokens[request]
+    slots.rows.output[slot] = requests.rows.output_tokens[request]
+    slots.rows.generated[slot] = 0
+    slots.rows.known[slot] = requests.rows.prompt_tokens[request]
+    return slot
+
+
+@inlined
+def admit(
+    limits: Limits, requests: Requests, slots: Slots, pool: Pool, counts: Int64Array, slot: int, budget: int
+) -> tuple[int, int]:
+    """Admit the head of the queue if its first chunk fits.
+
+    Returns
+    -------
+    chunk, cached_tokens
+        Tokens to compute in this call and tokens found in the prefix cache; a chunk of 0 if the blocks do not suffice.
+    """
+    request = slots.rows.request[slot]
+    chain = requests.rows.chain[request]
+    block_size = limits.block_size
+    known = slots.rows.known[slot]
+    max_blocks = (known - 1) // block_size
+    n_hits, n_evictable = find_cached(pool, slots, slot, chain, max_blocks)
+    n_own = 0
+    if pool.ghost[slot]:
+        n_own = pool.entries.count[pool.ghost[slot]]
+    cached = (n_hits + n_own) * block_size
+    chunk = min(known - cached, budget)
+    n_new = blocks_of(chunk, block_size)
+    if n_new + n_evictable + n_own > pool.n[at.N_FREE]:
+        return 0, 0
+    touch(pool, slots, slot, n_hits)
+    if n_own:
+        touch_ghost(pool, slot)
+    take_blocks(pool, n_new)
+    if counts[at.N_PREEMPTED]:
+        counts[at.N_PREEMPTED] -= 1
+    else:
+        counts[at.QUEUE_HEAD] += 1
+        counts[at.N_QUEUED] -= 1
+        counts[at.N_FREE_SLOTS] -= 1
+        requests.rows.status[request] = at.RUNNING
+        requests.rows.cached_tokens[request] = cached
+        slots.rows.first_call[slot] = at.NEVER
+        slots.rows.finish_call[slot] = -1
+        slots.rows.keyed_limit[slot] = 0
+        if pool.chain_start[chain + 1] > pool.chain_start[chain]:
+            slots.rows.keyed_limit[slot] = pool.segments.end[pool.chain_start[chain + 1] - 1]
+    slots.rows.state[slot] = at.SLOT_PREFILL
+    _add_chunk(limits, requests, slots, pool, counts, slot, cached, chunk)
+    i = counts[at.N_RUNNING]
+    slots.running[i] = slot
+    if slots.rows.state[slot] == at.SLOT_DECODE:
+        slots.running_finish[i] = slots.rows.finish_call[slot]
+    else:
+        slots.running_finish[i] = at.NEVER
+        counts[at.PREFILL_SLOT] = slot
+    counts[at.N_RUNNING] = i + 1
+    return chunk, cached

@@ -1,0 +1,236 @@
+"""The clock of the simulator is a plug-in: how long a step takes, given its batch, its KV tokens and the queue.
+
+Two kinds are accepted. `CompiledStepTime` is ``constant + tokens[T] + requests[B] + kv KV + waiting W`` and so on:
+any function of tokens or requests as a table, and affine in KV tokens, so that runs of decode steps have a closed
+form. Anything else (gradient boosting, tables in several variables) is a callable that gets a `StepBatch` and is
+asked at every step.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from stepcal.errors import InputError
+from stepcal.simulator.config import ServerConfig
+from stepcal.simulator.layout import FloatArray, Int32Array, Times
+
+
+@dataclass(frozen=True)
+class StepBatch:
+    """What a step computes. Context lengths include the tokens of the step itself.
+
+    Parameters
+    ----------
+    prefill_chunk_tokens, prefill_kv_lens : ndarray of int, shape (n_prefill,)
+        Prompt tokens computed for each prefilling request, and its context up to their end.
+    decode_kv_lens : ndarray of int, shape (n_decode,)
+        Context of each decoding request.
+    waiting : int
+        Requests left in the queue.
+    """
+
+    prefill_chunk_tokens: Int32Array
+    prefill_kv_lens: Int32Array
+    decode_kv_lens: Int32Array
+    waiting: int
+
+    @property
+    def prefill_tokens(self) -> int:
+        """Prompt tokens computed."""
+        return int(self.prefill_chunk_tokens.sum())
+
+    @property
+    def decode_tokens(self) -> int:
+        """Output tokens computed, one for each decoding request."""
+        return self.decode_kv_lens.size
+
+    @property
+    def requests(self) -> int:
+        """Requests in the batch."""
+        return self.prefill_chunk_tokens.size + self.decode_kv_lens.size
+
+    @property
+    def decode_kv_tokens(self) -> int:
+        """Context of the decoding requests, summed."""
+        return int(self.decode_kv_lens.sum())
+
+    @property
+    def prefill_kv_tokens(self) -> int:
+        """Context of the prefilling requests, summed."""
+        return int(self.prefill_kv_lens.sum())
+
+    @property
+    def prefill_pairs(self) -> int:
+        """Query-context pairs of the prefilling requests: each prompt token attends to all before it and to itself."""
+        chunk, context = self.prefill_chunk_tokens.astype(np.int64), self.prefill_kv_lens.astype(np.int64)
+        return int((chunk * (context - chunk) + chunk * (chunk + 1) // 2).sum())
+
+
+class StepTime(Protocol):
+    """A step time that is asked at every step."""
+
+    def __call__(self, batch: StepBatch) -> float | Mapping[str, float]:
+        """Microseconds of a step, or the microseconds of its components by name, which are added up."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompiledStepTime:
+    """A step time affine in KV tokens, with tables over tokens and requests. All in microseconds.
+
+    The GPU takes ``constant + tokens[T] + prefill_tokens[P] + requests[B] + decode_requests[D] + kv * decode KV
+    tokens + prefill_kv * prefill KV tokens + prefill_pair * pairs + waiting * W``, the host ``host_constant +
+    host_requests[B] + host_waiting * W``, for a step of P prefill tokens and D decoding requests, T = P + D tokens, B
+    requests and W left waiting.
+
+    Parameters
+    ----------
+    constant_us : float
+    tokens_us, prefill_tokens_us : array_like of float, shape (max_num_batched_tokens + 1,), or scalar
+        Time by the number of tokens; element 0 of `prefill_tokens_us` is not used. A scalar is a time per token.
+    requests_us, decode_requests_us, host_requests_us : array_like of float, shape (max_num_seqs + 1,), or scalar
+        Time by the number of requests. A scalar is a time per request.
+    kv_us, prefill_kv_us : float
+        Per context token of the decoding and of the prefilling requests.
+    prefill_pair_us : float
+        Per query-context pair of prefill attention.
+    waiting_us, host_waiting_us : float
+        Per request that waits.
+    host_constant_us : float
+    combine : {"sum", "max"}
+        Whether host and GPU take turns or overlap. Only asynchronous scheduling can overlap them; without it they
+        take turns.
+    floor_us : float
+        No step is shorter.
+    """
+
+    constant_us: float = 0.0
+    tokens_us: ArrayLike = 0.0
+    prefill_tokens_us: ArrayLike = 0.0
+    requests_us: ArrayLike = 0.0
+    decode_requests_us: ArrayLike = 0.0
+    kv_us: float = 0.0
+    prefill_kv_us: float = 0.0
+    prefill_pair_us: float = 0.0
+    waiting_us: float = 0.0
+    host_constant_us: float = 0.0
+    host_requests_us: ArrayLike = 0.0
+    host_waiting_us: float = 0.0
+    combine: str = "sum"
+    floor_us: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.combine not in ("sum", "max"):
+            raise InputError(
+                f'`combine` is {self.combine!r}; it must be "sum" (host and GPU take turns) or "max" (they overlap).'
+            )
+        for field in fields(self):
+            if field.name != "combine":
+                self._check(field.name, np.asarray(getattr(self, field.name), dtype=np.float64))
+
+    def _check(self, name: str, values: FloatArray) -> None:
+        if values.ndim > 1:
+            raise InputError(f"`{name}` has {values.ndim} dimensions; it must be a number or a table of one dimension.")
+        is_wrong = ~np.isfinite(values) | ((values < 0) & (self.floor_us <= 0.0))
+        if is_wrong.any():
+            where = "" if values.ndim == 0 else f" at {int(np.argmax(is_wrong))}"
+            raise InputError(
+                f"Step-time component `{name}` is {values.reshape(-1)[np.argmax(is_wrong)]}{where}; it must be finite, "
+                "and at least 0 unless `floor_us` bounds the step from below."
+            )
+
+    def bind(self, server: ServerConfig) -> Times:
+        """The tables in the sizes that a server needs.
+
+        Raises
+        ------
+        InputError
+            If a table is too short for the server's limits (named: which).
+        """
+        n_tokens, n_requests = server.max_num_batched_tokens + 1, server.max_num_seqs + 1
+        overlap = self.combine == "max" and server.async_scheduling
+        return Times(
+            float(self.constant_us),
+            self._table("tokens_us", n_tokens, "max_num_batched_tokens"),
+            self._table("prefill_tokens_us", n_tokens, "max_num_batched_tokens"),
+            self._table("requests_us", n_requests, "max_num_seqs"),
+            self._table("decode_requests_us", n_requests, "max_num_seqs"),
+            float(self.kv_us),
+            float(self.prefill_kv_us),
+            float(self.prefill_pair_us),
+            float(self.waiting_us),
+            float(self.host_constant_us),
+            self._table("host_requests_us", n_requests, "max_num_seqs"),
+            float(self.host_waiting_us),
+            float(self.floor_us),
+            int(overlap),
+        )
+
+    def _table(self, name: str, size: int, limit: str) -> FloatArray:
+        values = np.asarray(getattr(self, name), dtype=np.float64)
+        if values.ndim == 0:
+            return values * np.arange(size)
+        if values.size < size:
+            raise InputError(
+                f"Step-time component `{name}` has {values.size} elements; "
+                f"the server's `{limit}` needs {size} (0 to {size - 1})."
+            )
+        return np.ascontiguousarray(values[:size])
+
+    def __call__(self, batch: StepBatch) -> dict[str, float]:
+        """The same time, asked step by step (slower; scheduling asynchronously if `combine` is "max")."""
+        n_tokens = batch.prefill_tokens + batch.decode_tokens
+
+        def at(name: str, i: int) -> float:
+            values = np.asarray(getattr(self, name), dtype=np.float64)
+            return float(values * i if values.ndim == 0 else values[i])
+
+        gpu = {
+            "constant_us": self.constant_us,
+            "tokens_us": at("tokens_us", n_tokens),
+            "prefill_tokens_us": at("prefill_tokens_us", batch.prefill_tokens) if batch.prefill_tokens else 0.0,
+            "requests_us": at("requests_us", batch.requests),
+            "decode_requests_us": at("decode_requests_us", batch.decode_tokens),
+            "kv_us": self.kv_us * batch.decode_kv_tokens,
+            "prefill_kv_us": self.prefill_kv_us * batch.prefill_kv_tokens,
+            "prefill_pair_us": self.prefill_pair_us * batch.prefill_pairs,
+            "waiting_us": self.waiting_us * batch.waiting,
+        }
+        host = self.host_constant_us + at("host_requests_us", batch.requests) + self.host_waiting_us * batch.waiting
+        busy = sum(gpu.values())
+        total = max(self.floor_us, max(busy, host) if self.combine == "max" else busy + host)
+        return {**gpu, "host and floor": total - busy}
+
+
+def add_components(duration: float | Mapping[str, float]) -> float:
+    """Microseconds of a step from what a `StepTime` answered.
+
+    Raises
+    ------
+    InputError
+        If a time is not finite, or the step's is negative; the component is named where the answer has names.
+    """
+    if isinstance(duration, Mapping):
+        for name, value in duration.items():
+            if not np.isfinite(value):
+                raise InputError(f"Step-time component `{name}` is {value}; every component must be finite.")
+        total = float(sum(duration.values()))
+        if total < 0.0:
+            name = min(duration, key=lambda key: duration[key])
+            raise InputError(
+                f"The step time is {total} µs; it must not be negative. "
+                f"Its smallest component is `{name}` ({duration[name]} µs)."
+            )
+        return total
+    if not np.isfinite(duration) or duration < 0.0:
+        raise InputError(f"The step time is {duration} µs; it must be finite and not negative.")
+    return float(duration)
+
+
+def dummy_times() -> Times:
+    """Tables for a run whose durations come from outside."""
+    one = np.zeros(1)
+    return Times(0.0, one, one, one, one, 0.0, 0.0, 0.0, 0.0, 0.0, one, 0.0, 0.0, 0)

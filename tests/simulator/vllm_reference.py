@@ -1,0 +1,597 @@
+"""A slow reference of vLLM 0.15.1's engine loop, scheduler and KV block pool, written to be read.
+
+It knows nothing of the package under test and nothing of vLLM: plain lists and dicts, one token at a time. It
+reproduces every recording of the real thing (``tests/conformance``) step for step; the fast engine is compared with
+it on random workloads. One rule carries most of the rest: *a request needs new tokens computed until its KV cache has
+caught up with the tokens that it knows, and the step in which it catches up samples its next token*. Prefill, chunks
+of it, decode and recomputation after a preemption are the same thing.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+# A token is named by what it is: (content id, offset in that content). Equal names are equal tokens.
+Token = tuple[object, int]
+
+
+def num_tokens(segments: Iterable[Iterable[int]]) -> int:
+    """Tokens of a prompt given as ``[[content_id, n_tokens], ...]``."""
+    return sum(n for _, n in segments)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Requests
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class Request:
+    """A request as the engine sees it."""
+
+    index: int
+    prompt_tokens: int
+    output_tokens: int
+    output_content: object  # names the generated text
+    tokens: list[Token]  # the prompt, then the outputs that the engine has processed
+    state: str = "waiting"  # waiting -> running (-> waiting -> running ...) -> finished | aborted
+    kv_len: int = 0  # tokens whose KV is computed, or is being computed by a step in flight
+    in_flight: int = 0  # output tokens that a step in flight will sample: counted already, their value unknown
+    blocks: list["Block"] = field(default_factory=list)
+    n_registered: int = 0  # leading blocks that other requests can find
+    preemptions: int = 0
+
+    @property
+    def is_alive(self) -> bool:
+        return self.state in ("waiting", "running")
+
+    @property
+    def total_tokens(self) -> int:
+        return self.prompt_tokens + self.output_tokens
+
+    def append_output(self) -> None:
+        """The next output token becomes known."""
+        self.tokens.append((self.output_content, len(self.tokens) - self.prompt_tokens))
+
+
+def make_request(description: dict) -> Request:
+    """A `Request` from its description in a scenario."""
+    content = description["output_content"]
+    prompt = [(c, offset) for c, n in description["prompt_segments"] for offset in range(n)]
+    return Request(
+        index=description["index"],
+        prompt_tokens=len(prompt),
+        output_tokens=description["output_tokens"],
+        output_content=("text of request", description["index"]) if content is None else content,
+        tokens=prompt,
+    )
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# KV blocks
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class Block:
+    """A block of KV slots. A free block keeps its content (`prefix`) until someone takes it."""
+
+    n_users: int = 0
+    prefix: int | None = None  # names the text from the start of the request to the end of this block, once registered
+
+
+class BlockPool:
+    """All KV blocks: a FIFO queue of the free ones, and a register that finds blocks by the text that they end."""
+
+    def __init__(self, num_gpu_blocks: int, block_size: int, enable_prefix_caching: bool):
+        self.block_size = block_size
+        self.enable_prefix_caching = enable_prefix_caching
+        # vLLM keeps one block of the total to itself (the "null block").
+        self.n_usable = num_gpu_blocks - 1
+        self.free: deque[Block] = deque(Block() for _ in range(self.n_usable))
+        # Equal texts computed by two requests are not merged: a prefix can have several blocks, and the oldest is
+        # found.
+        self.register: dict[int, list[Block]] = {}
+        self._prefix_names: dict[tuple[int | None, tuple[Token, ...]], int] = {}
+
+    @property
+    def blocks_in_use(self) -> int:
+        return self.n_usable - len(self.free)
+
+    def blocks_for(self, n_tokens: int) -> int:
+        """Blocks that hold `n_tokens`."""
+        return -(-n_tokens // self.block_size)
+
+    def prefixes(self, tokens: list[Token], n_blocks: int) -> list[int]:
+        """Names of the first `n_blocks` full blocks of a text. A name stands for everything up to the block's end."""
+        names: list[int] = []
+        parent: int | None = None
+        for i in range(n_blocks):
+            key = (parent, tuple(tokens[i * self.block_size : (i + 1) * self.block_size]))
+            parent = self._prefix_names.setdefault(key, len(self._prefix_names))
+            names.append(parent)
+        return names
+
+    def find_cached(self, tokens: list[Token]) -> list[Block]:
+        """The longest chain of registered blocks that starts this text.
+
+        At least one token must be left to compute, else there is nothing to sample from. Hits are whole blocks, so a
+        text of exactly n blocks that is cached in full recomputes its last block.
+        """
+        if not self.enable_prefix_caching:
+            return []
+        found: list[Block] = []
+        for prefix in self.prefixes(tokens, (len(tokens) - 1) // self.block_size):
+            if prefix not in self.register:
+                break
+            found.append(self.register[prefix][0])
+        return found
+
+    def allocate(self, request: Request, n_tokens: int, cached: list[Block]) -> bool:
+        """Give a request blocks for its first `n_tokens`, the leading ones out of `cached`. All or nothing."""
+        n_new = self.blocks_for(n_tokens) - len(request.blocks) - len(cached)
+        # A cached block that nobody uses is in the free queue; using it again takes it out.
+        n_revived = sum(block.n_users == 0 for block in cached)
+        if n_new + n_revived > len(self.free):
+            return False
+        for block in cached:
+            if block.n_users == 0:
+                self.free.remove(block)
+            block.n_users += 1
+        request.blocks += cached
+        request.n_registered += len(cached)
+        for _ in range(n_new):
+            block = self.free.popleft()
+            self._forget(block)
+            block.n_users = 1
+            request.blocks.append(block)
+        return True
+
+    def register_full_blocks(self, request: Request, n_tokens: int) -> None:
+        """Let others find the full blocks among a request's first `n_tokens`."""
+        n_full = n_tokens // self.block_size
+        if not self.enable_prefix_caching or n_full <= request.n_registered:
+            return
+        prefixes = self.prefixes(request.tokens, n_full)
+        for i in range(request.n_registered, n_full):
+            request.blocks[i].prefix = prefixes[i]
+            self.register.setdefault(prefixes[i], []).append(request.blocks[i])
+        request.n_registered = n_full
+
+    def release(self, request: Request) -> None:
+        """Take all blocks from a request, the last one first, so that prefixes outlive what follows them."""
+        for block in reversed(request.blocks):
+            block.n_users -= 1
+            assert block.n_users >= 0
+            if block.n_users == 0:
+                self.free.append(block)
+        request.blocks = []
+        request.n_registered = 0
+
+    def _forget(self, block: Block) -> None:
+        """A free block is taken for new content: what it held can no longer be found."""
+        if block.prefix is None:
+            return
+        holders = self.register[block.prefix]
+        holders.remove(block)
+        if not holders:
+            del self.register[block.prefix]
+        block.prefix = None
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Scheduler
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Batch:
+    """What a step-time model may look at.
+
+    Parameters
+    ----------
+    scheduled : list of tuple of int
+        ``(request index, new tokens, tokens computed before)`` in scheduler order.
+    n_waiting, n_running : int
+        Length of the queues after the ``schedule()`` call.
+    """
+
+    scheduled: list[tuple[int, int, int]]
+    n_waiting: int
+    n_running: int
+
+
+@dataclass
+class Step:
+    """The result of one ``schedule()`` call."""
+
+    number: int
+    rows: list[tuple[Request, int, int, bool]]  # request, new tokens, tokens computed before, does it sample a token
+    preempted: list[int]
+    cached_tokens: list[tuple[int, int]]
+    blocks_in_use: int
+    n_waiting: int
+    n_running: int
+    end_us: float = 0.0
+
+    @property
+    def is_empty(self) -> bool:
+        return not self.rows
+
+    def as_batch(self) -> Batch:
+        return Batch([(r.index, n, before) for r, n, before, _ in self.rows], self.n_waiting, self.n_running)
+
+    def as_recorded(self) -> dict:
+        return {
+            "scheduled": [[r.index, n] for r, n, _, _ in self.rows],
+            "preempted": self.preempted,
+            "blocks_in_use": self.blocks_in_use,
+            "cached_tokens": [list(hit) for hit in self.cached_tokens],
+        }
+
+
+class Scheduler:
+    """Continuous batching, first come, first served."""
+
+    def __init__(self, config: dict):
+        self.max_num_seqs: int = config["max_num_seqs"]
+        self.max_num_batched_tokens: int = config["max_num_batched_tokens"]
+        self.pool = BlockPool(config["num_gpu_blocks"], config["block_size"], config["enable_prefix_caching"])
+        self.waiting: deque[Request] = deque()
+        self.running: list[Request] = []  # in order of admission
+        self.n_steps = 0
+        # vLLM tells the workers about ended requests with the next batch, even an empty one. So after the last
+        # request has ended, schedule() is called once more.
+        self.has_ended_requests_to_report = False
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.waiting or self.running or self.has_ended_requests_to_report)
+
+    def add(self, request: Request) -> None:
+        self.waiting.append(request)
+
+    def schedule(self) -> Step:
+        """Choose the next batch. What it will compute counts as computed from here on."""
+        budget = self.max_num_batched_tokens
+        rows: list[tuple[Request, int]] = []
+        preempted: list[int] = []
+        cached_tokens: list[tuple[int, int]] = []
+
+        # Running requests first, in order of admission: decodes and unfinished prefills alike.
+        position = 0
+        while position < len(self.running) and budget > 0:
+            request = self.running[position]
+            if request.in_flight and len(request.tokens) + request.in_flight == request.total_tokens:
+                # Its last token is being sampled right now (asynchronous scheduling only). There is nothing more to
+                # compute, but it holds its slot and its blocks until that output is processed, and it can still be
+                # preempted.
+                position += 1
+                continue
+            new_tokens = min(len(request.tokens) + request.in_flight - request.kv_len, budget)
+            assert new_tokens > 0
+            if not self._make_room(request, new_tokens, preempted):
+                break  # it preempted itself, so it was the last one
+            rows.append((request, new_tokens))
+            budget -= new_tokens
+            position += 1
+
+        # Then waiting requests, strictly in order: one that does not fit blocks those behind it. A step that had to
+        # preempt admits nobody.
+        while not preempted and self.waiting and budget > 0 and len(self.running) < self.max_num_seqs:
+            request = self.waiting[0]
+            assert request.in_flight == 0 and request.kv_len == 0 and not request.blocks
+            cached = self.pool.find_cached(request.tokens)
+            hit_tokens = len(cached) * self.pool.block_size
+            # A prompt longer than the budget starts with what is left of it, and gets blocks for that chunk only.
+            new_tokens = min(len(request.tokens) - hit_tokens, budget)
+            if not self.pool.allocate(request, hit_tokens + new_tokens, cached):
+                break
+            # Registered before they are computed: a request behind this one in the same step can already share them.
+            self.pool.register_full_blocks(request, hit_tokens + new_tokens)
+            self.waiting.popleft()
+            self.running.append(request)
+            request.state = "running"
+            request.kv_len = hit_tokens
+            cached_tokens.append((request.index, hit_tokens))
+            rows.append((request, new_tokens))
+            budget -= new_tokens
+
+        step = Step(
+            number=self.n_steps,
+            rows=[self._commit(request, new_tokens) for request, new_tokens in rows],
+            preempted=preempted,
+            cached_tokens=cached_tokens,
+            blocks_in_use=self.pool.blocks_in_use,
+            n_waiting=len(self.waiting),
+            n_running=len(self.running),
+        )
+        self.n_steps += 1
+        self.has_ended_requests_to_report = False
+        return step
+
+    def _make_room(self, request: Request, new_tokens: int, preempted: list[int]) -> bool:
+        """Allocate blocks for a running request, preempting from the end of the running list until it fits."""
+        while not self.pool.allocate(request, request.kv_len + new_tokens, []):
+            victim = self.running.pop()
+            self._preempt(victim)
+            preempted.append(victim.index)
+            if victim is request:
+                return False
+        # Only blocks whose tokens are all known get registered: a token still in flight has no hash yet.
+        self.pool.register_full_blocks(request, min(request.kv_len + new_tokens, len(request.tokens)))
+        return True
+
+    def _preempt(self, victim: Request) -> None:
+        """Free all its blocks and start it over, from the front of the queue. Its outputs so far are prompt now.
+
+        A token of the victim in flight is not lost: it is appended when that step's output is processed.
+        """
+        self.pool.release(victim)
+        victim.kv_len = 0
+        victim.state = "waiting"
+        victim.preemptions += 1
+        self.waiting.appendleft(victim)
+
+    @staticmethod
+    def _commit(request: Request, new_tokens: int) -> tuple[Request, int, int, bool]:
+        computed_before = request.kv_len
+        request.kv_len += new_tokens
+        samples = request.kv_len == len(request.tokens) + request.in_flight
+        if samples:
+            request.in_flight += 1
+        return request, new_tokens, computed_before, samples
+
+    def process_output(self, step: Step) -> list[Request]:
+        """Append the tokens that a step has sampled, end what is complete, return who got one in batch order."""
+        emitted: list[Request] = []
+        for request, _, _, samples in step.rows:
+            if not samples or not request.is_alive:
+                continue  # a chunk of a prompt, or aborted while the step was in flight
+            request.append_output()
+            request.in_flight -= 1
+            if request.state == "running":
+                # With asynchronous scheduling the next step was scheduled before this token was known; its block may be
+                # complete only now. (Preempted meanwhile: no blocks to register.)
+                self.pool.register_full_blocks(request, request.kv_len - request.in_flight)
+            if len(request.tokens) == request.total_tokens:
+                self._end(request, "finished")
+            emitted.append(request)
+        return emitted
+
+    def abort(self, request: Request) -> None:
+        """End a request at once, whether waiting, running or in flight."""
+        self._end(request, "aborted")
+
+    def _end(self, request: Request, state: str) -> None:
+        # A request preempted while its last token was in flight ends from the waiting queue.
+        if request.state == "running":
+            self.running.remove(request)
+        else:
+            self.waiting.remove(request)
+        self.pool.release(request)
+        request.state = state
+        self.has_ended_requests_to_report = True
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# When things happen
+# --------------------------------------------------------------------------------------------------------------------
+
+
+class StepNumbers:
+    """Arrivals and aborts numbered by ``schedule()`` calls: no clock, every test of the order is exact."""
+
+    def __init__(self, descriptions: list[dict]):
+        self.pending = list(descriptions)
+        self.descriptions = descriptions
+        self.next_step = 0
+
+    def wait_for_arrival(self) -> None:
+        """The engine is idle: the next arrivals come now, whatever their number."""
+        earliest = min(d["arrival_step"] for d in self.pending)
+        self.pending = [
+            {**d, "arrival_step": self.next_step} if d["arrival_step"] == earliest else d for d in self.pending
+        ]
+
+    def take_arrivals(self) -> list[int]:
+        due = [d["index"] for d in self.pending if d["arrival_step"] <= self.next_step]
+        self.pending = [d for d in self.pending if d["arrival_step"] > self.next_step]
+        return due
+
+    def aborts_between_steps(self) -> list[int]:
+        return [d["index"] for d in self.descriptions if d["abort_step"] == self.next_step]
+
+    def aborts_in_flight(self, step: Step) -> list[int]:
+        return [d["index"] for d in self.descriptions if d.get("abort_before_output_of_step") == step.number]
+
+    def start(self, step: Step) -> dict:
+        self.next_step = step.number + 1
+        return {}
+
+    def finish(self, step: Step) -> None: ...
+
+    now_us: float | None = None
+
+
+class Clock:
+    """Arrivals and aborts in microseconds. The device runs one batch at a time, in the order of scheduling."""
+
+    def __init__(self, descriptions: list[dict], step_time_us: Callable[[Batch], float]):
+        self.pending = deque(sorted(descriptions, key=lambda d: d["arrival_us"]))
+        self.abort_us: dict[int, float] = {}
+        for d in descriptions:
+            limits = [d["abort_us"]] if d.get("abort_us") is not None else []
+            limits += [d["arrival_us"] + d["timeout_us"]] if d.get("timeout_us") is not None else []
+            if limits:
+                self.abort_us[d["index"]] = min(limits)
+        self.step_time_us = step_time_us
+        self.now_us = 0.0
+        self.device_free_at_us = 0.0
+
+    def wait_for_arrival(self) -> None:
+        self.now_us = max(self.now_us, self.pending[0]["arrival_us"])
+
+    def take_arrivals(self) -> list[int]:
+        due: list[int] = []
+        while self.pending and self.pending[0]["arrival_us"] <= self.now_us:
+            due.append(self.pending.popleft()["index"])
+        return due
+
+    def aborts_between_steps(self) -> list[int]:
+        return [index for index, abort_us in self.abort_us.items() if abort_us <= self.now_us]
+
+    def aborts_in_flight(self, step: Step) -> list[int]:
+        # What arrived during the step is aborted before its output is processed: the output comes too late.
+        return self.aborts_between_steps()
+
+    def start(self, step: Step) -> dict:
+        """The step runs as soon as the device has finished the step before it; an empty one takes no time."""
+        start_us = max(self.now_us, self.device_free_at_us)
+        duration_us = 0.0 if step.is_empty else self.step_time_us(step.as_batch())
+        step.end_us = start_us + duration_us
+        self.device_free_at_us = max(self.device_free_at_us, step.end_us)
+        return {"schedule_us": self.now_us, "start_us": start_us, "duration_us": duration_us}
+
+    def finish(self, step: Step) -> None:
+        self.now_us = max(self.now_us, step.end_us)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Engine
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def simulate(scenario: dict, step_time_us: Callable[[Batch], float] | None = None) -> dict:
+    """Run a scenario to its end.
+
+    Parameters
+    ----------
+    scenario : dict
+        ``config`` and ``requests`` of the recording format (``tests/conformance/README.md``). Requests have
+        ``arrival_step``, ``abort_step`` and ``abort_before_output_of_step``, or, with `step_time_us`, ``arrival_us``
+        and the optional ``abort_us`` and ``timeout_us`` (from the arrival).
+    step_time_us : callable, optional
+        Microseconds that the device needs for a `Batch`.
+
+    Returns
+    -------
+    dict
+        ``steps``, one a ``schedule()`` call, and ``outcome``, one a request. With a clock, a step has also
+        ``schedule_us``, ``start_us`` and ``duration_us``, and an outcome ``first_scheduled_us`` (the start of its
+        first step), ``first_token_us`` and ``finish_us`` (when the engine has processed that output, or the abort).
+
+    Raises
+    ------
+    ValueError
+        If a request can never run: longer than ``max_model_len``, more blocks than there are, or no token at all.
+    """
+    descriptions = scenario["requests"]
+    config = scenario["config"]
+    for d in descriptions:
+        check_fits(d, config)
+    clock = StepNumbers(descriptions) if step_time_us is None else Clock(descriptions, step_time_us)
+    scheduler = Scheduler(config)
+    # With asynchronous scheduling, vLLM keeps a second batch ready while the first one runs.
+    max_batches_in_flight = 2 if config["async_scheduling"] else 1
+
+    requests = {d["index"]: make_request(d) for d in descriptions}
+    known: set[int] = set()  # added to the scheduler so far
+    in_flight: deque[Step] = deque()
+    steps: list[dict] = []
+    first_token_step: dict[int, int] = {}
+    finish_step: dict[int, int] = {}
+    first_scheduled_us: dict[int, float] = {}
+    first_token_us: dict[int, float] = {}
+    finish_us: dict[int, float] = {}
+
+    def abort(indices: list[int]) -> None:
+        for index in indices:
+            if index in known and requests[index].is_alive:
+                scheduler.abort(requests[index])
+                finish_us[index] = clock.now_us
+
+    while True:
+        # 1. Take in what has arrived. An idle engine sleeps until something does.
+        if not scheduler.has_work and not in_flight:
+            if not clock.pending:
+                break
+            clock.wait_for_arrival()
+        for index in clock.take_arrivals():
+            scheduler.add(requests[index])
+            known.add(index)
+        abort(clock.aborts_between_steps())
+
+        # 2. Schedule. While there is room for another batch in flight, filling it goes before waiting for results.
+        if scheduler.has_work:
+            step = scheduler.schedule()
+            in_flight.append(step)
+            times = clock.start(step)
+            steps.append({**step.as_recorded(), **times})
+            if times:
+                for request, *_ in step.rows:
+                    first_scheduled_us.setdefault(request.index, times["start_us"])
+            if not step.is_empty and len(in_flight) < max_batches_in_flight:
+                continue
+
+        # 3. Wait for the oldest batch and process its output; aborts that came meanwhile first.
+        step = in_flight.popleft()
+        clock.finish(step)
+        abort(clock.aborts_in_flight(step))
+        for request in scheduler.process_output(step):
+            first_token_step.setdefault(request.index, step.number)
+            first_token_us.setdefault(request.index, clock.now_us)
+            if request.state == "finished":
+                finish_step[request.index] = step.number
+                finish_us[request.index] = clock.now_us
+
+    assert scheduler.pool.blocks_in_use == 0
+    outcome = []
+    for index, request in requests.items():
+        assert not request.is_alive
+        row = {
+            "index": index,
+            "first_token_step": first_token_step.get(index),
+            "finish_step": finish_step.get(index),
+            "status": request.state,
+            "preemptions": request.preemptions,
+        }
+        if step_time_us is not None:
+            row["first_scheduled_us"] = first_scheduled_us.get(index)
+            row["first_token_us"] = first_token_us.get(index)
+            row["finish_us"] = finish_us.get(index)
+        outcome.append(row)
+    return {"steps": steps, "outcome": outcome}
+
+
+def affine_step_time_us(coefficients: dict) -> Callable[[Batch], float]:
+    """The step time of the timed recordings: affine in new tokens, requests, KV tokens and waiting requests."""
+
+    def step_time_us(batch: Batch) -> float:
+        return (
+            coefficients["constant_us"]
+            + coefficients["per_token_us"] * sum(n for _, n, _ in batch.scheduled)
+            + coefficients["per_request_us"] * len(batch.scheduled)
+            + coefficients["per_kv_token_us"] * sum(before + n for _, n, before in batch.scheduled)
+            + coefficients["per_waiting_us"] * batch.n_waiting
+        )
+
+    return step_time_us
+
+
+def check_fits(description: dict, config: dict) -> None:
+    """Refuse a request that could never run; vLLM would schedule empty steps for ever."""
+    index, output_tokens = description["index"], description["output_tokens"]
+    prompt_tokens = num_tokens(description["prompt_segments"])
+    if prompt_tokens < 1 or output_tokens < 1:
+        raise ValueError(
+            f"request {index}: {prompt_tokens} prompt and {output_tokens} output tokens; both must be at least 1"
+        )
+    if prompt_tokens + output_tokens > config["max_model_len"]:
+        raise ValueError(
+            f"request {index}: {prompt_tokens} + {output_tokens} tokens exceed max_model_len {config['max_model_len']}"
+        )
+    # The last output token is never fed back, so it needs no KV slot.
+    needed = -(-(prompt_tokens + output_tokens - 1) // config["block_size"])
+    if needed > config["num_gpu_blocks"] - 1:
+        raise ValueError(f"request {index}: needs {needed} KV blocks, usable are {config['num_gpu_blocks'] - 1}")
