@@ -244,10 +244,14 @@ def load_architecture(name: str) -> ModelArchitecture:
 
 
 def resolve_architecture(name_or_path: str) -> ModelArchitecture:
-    """Return a shipped architecture by name, or read the ``config.json`` at a path."""
-    if name_or_path.endswith(".json") or Path(name_or_path).is_file():
-        return ModelArchitecture.from_config(name_or_path)
-    return load_architecture(name_or_path)
+    """Return a shipped architecture by name, or read the ``config.json`` at a path.
+
+    A file with the dimensions of a shipped model is that model, whatever it is called: fitted families go by its name.
+    """
+    if not (name_or_path.endswith(".json") or Path(name_or_path).is_file()):
+        return load_architecture(name_or_path)
+    read = ModelArchitecture.from_config(name_or_path)
+    return next((known for known in _shipped().values() if replace(read, name=known.name) == known), read)
 
 
 @functools.cache

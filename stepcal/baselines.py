@@ -32,8 +32,8 @@ BOOSTING_FEATURES = (
     "num_preempted",
     "kv_blocks_free",
 )
-BATCH_FEATURES = ("prefill_tokens", "decode_tokens", "num_prefill_reqs", "waiting_depth")
-"""What a simulator knows of a step before it runs, in whole numbers."""
+BATCH_FEATURES = ("prefill_tokens", "decode_tokens")
+"""What a simulator knows of a batch before it runs, and what fits a table."""
 BOOSTING_DEPTHS = (4, 6)
 BOOSTING_LEARNING_RATES = (0.05, 0.1)
 """Depth 4 and rate 0.05 are what the study's own search chose most often."""

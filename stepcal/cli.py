@@ -158,6 +158,167 @@ def verdict(
 
 @app.command()
 @_reports_errors
+def simulate(
+    architecture: Annotated[
+        str,
+        typer.Option("--architecture", help="Path of a HuggingFace config.json, or the name of a model that ships."),
+    ],
+    kv_blocks: Annotated[
+        int, typer.Option("--kv-blocks", help="KV blocks of the server, as vLLM logs them (num_gpu_blocks).")
+    ],
+    coefficients: Annotated[
+        str, typer.Option("--coefficients", help="global9, phase16, model36, or a coefficient file.")
+    ],
+    accelerator: Annotated[str, typer.Option("--accelerator", help="GPU, by name.")] = "h100-sxm",
+    tp: Annotated[int, typer.Option("--tp", help="Tensor-parallel degree.")] = 1,
+    max_num_seqs: Annotated[int, typer.Option("--max-num-seqs", help="Most requests that run at once.")] = 128,
+    max_num_batched_tokens: Annotated[
+        int, typer.Option("--max-num-batched-tokens", help="Token budget of a step.")
+    ] = 2048,
+    max_model_len: Annotated[int, typer.Option("--max-model-len", help="Longest request, prompt and output.")] = 4096,
+    block_size: Annotated[int, typer.Option("--block-size", help="Tokens of a KV block.")] = 16,
+    prefix_caching: Annotated[
+        bool, typer.Option("--enable-prefix-caching/--no-enable-prefix-caching", help="Reuse cached prompt blocks.")
+    ] = True,
+    async_scheduling: Annotated[
+        bool, typer.Option("--async-scheduling/--no-async-scheduling", help="Schedule a step while the last one runs.")
+    ] = True,
+    workload: Annotated[
+        Path | None, typer.Option("--workload", help="inference-perf profile.yaml or results/config.yaml.")
+    ] = None,
+    requests: Annotated[
+        Path | None,
+        typer.Option("--requests", help="Replay this request table (parquet) instead of generating arrivals."),
+    ] = None,
+    experiment: Annotated[
+        str | None, typer.Option("--experiment", help="Which experiment of the request table to replay.")
+    ] = None,
+    arrivals: Annotated[str, typer.Option("--arrivals", help="poisson, constant or gamma (with --cv).")] = "poisson",
+    cv: Annotated[float | None, typer.Option("--cv", help="Coefficient of variation of gamma arrivals.")] = None,
+    timeout_s: Annotated[
+        float | None,
+        typer.Option("--timeout-s", help="How long a client waits. Default: as the workload says."),
+    ] = None,
+    api_before_us: Annotated[float, typer.Option("--api-before-us", help="Time from client to engine.")] = 0.0,
+    api_after_us: Annotated[float, typer.Option("--api-after-us", help="Time from engine to client.")] = 0.0,
+    steps: Annotated[Path | None, typer.Option("--steps", help="Write the step table to this parquet file.")] = None,
+    steps_fraction: Annotated[
+        float, typer.Option("--steps-fraction", help="Share of steps to keep in it, drawn from the seed.")
+    ] = 1.0,
+    seed: Annotated[int, typer.Option("--seed", help="Of arrivals and of the sample of steps.")] = 0,
+    json_out: Json = None,
+) -> None:
+    """Serve a workload as vLLM 0.15.1 would and report latencies, per load stage and overall.
+
+    Example: stepcal simulate --architecture config.json --tp 2 --kv-blocks 26602 --workload profile.yaml
+    --coefficients model36 --json -
+    """
+    from tqdm import tqdm
+
+    from stepcal.simulate_command import SimulateOptions, run_simulation, summary_text
+    from stepcal.simulator import ServerConfig
+
+    server = ServerConfig(
+        kv_blocks=kv_blocks,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens,
+        max_model_len=max_model_len,
+        block_size=block_size,
+        enable_prefix_caching=prefix_caching,
+        async_scheduling=async_scheduling,
+    )
+    options = SimulateOptions(
+        architecture=architecture,
+        accelerator=accelerator,
+        tensor_parallel=tp,
+        server=server,
+        workload=workload,
+        requests=requests,
+        experiment=experiment,
+        coefficients=coefficients,
+        arrivals=arrivals,
+        cv=cv,
+        seed=seed,
+        timeout_s=timeout_s,
+        api_before_us=api_before_us,
+        api_after_us=api_after_us,
+        steps=steps,
+        steps_fraction=steps_fraction,
+    )
+    with tqdm(unit=" requests", unit_scale=True, disable=None, leave=False) as bar:
+
+        def show(ended: int, total: int) -> None:
+            bar.total = total
+            bar.update(ended - bar.n)
+
+        summary = run_simulation(options, show).summary()
+    _emit(summary, json_out, summary_text(summary))
+
+
+@app.command()
+@_reports_errors
+def evaluate(
+    coefficients: Annotated[
+        str,
+        typer.Option("--coefficients", help="global9, phase16, model36, or a file that `stepcal fit --json` wrote."),
+    ] = "model36",
+    experiments: Annotated[
+        Path | None,
+        typer.Option("--experiments", help="Folder of your own experiments. Default: the 16 experiments of the study."),
+    ] = None,
+    arrivals: Annotated[
+        str | None,
+        typer.Option("--arrivals", help="replayed, poisson or constant. Default: replayed where requests are at hand."),
+    ] = None,
+    accelerator: Annotated[
+        str | None, typer.Option("--accelerator", help="GPU of experiments that do not name one. Default: h100-sxm.")
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Of generated arrivals.")] = 0,
+    json_out: Json = None,
+) -> None:
+    """Simulate measured experiments end to end and compare latencies with what clients saw.
+
+    Arrivals go in, latencies come out; nothing of the measured latencies is used. Example: stepcal evaluate --json -
+    """
+    from stepcal.coefficients import load_coefficients
+    from stepcal.datasets import have_traces, load_requests
+    from stepcal.end_to_end import load_experiments, measured_latencies
+    from stepcal.end_to_end_study import evaluate as evaluate_cases
+    from stepcal.experiment_folders import read_experiment_folder
+
+    if experiments is not None:
+        cases = read_experiment_folder(experiments, accelerator=accelerator)
+        process = arrivals or "poisson"
+    else:
+        at_hand = have_traces()
+        cases = [(e, measured_latencies(e)) for e in load_experiments(load_requests() if at_hand else None)]
+        process = arrivals or ("replayed" if at_hand else "poisson")
+    result = evaluate_cases(load_coefficients(coefficients), cases, process=process, seed=seed)
+    result = {"coefficients": coefficients, "arrivals": process, **result}
+    lines = [f"{coefficients}, {process} arrivals: signed error of the mean over completed requests (%)"]
+    lines += [_evaluation_line(row) for row in result["per_experiment"]]
+    evaluable = [row for row in result["per_experiment"] if row["e2e_error_percent"] is not None]
+    if evaluable:
+        lines.append(
+            f"  E2E: mean |error| {result['mean_abs_e2e_error_percent']:.1f}%, MSPE {result['mspe_percent']:+.1f}%, "
+            f"{result['n_below_10_percent']} of {len(evaluable)} evaluable experiments below 10%"
+        )
+    _emit(result, json_out, "\n".join(lines))
+
+
+def _evaluation_line(row: dict[str, Any]) -> str:
+    if row["e2e_error_percent"] is None:
+        return f"  {row['experiment_id']}: not evaluable. {row.get('reason', 'No request completed.')}"
+    errors = ", ".join(
+        f"{label} {'not evaluable' if row[key] is None else format(row[key], '+.1f')}"
+        for label, key in (("E2E", "e2e_error_percent"), ("TTFT", "ttft_error_percent"), ("TPOT", "tpot_error_percent"))
+    )
+    failed = f"failed {row['predicted']['failed']:,} (measured {row['measured']['failed']:,})"
+    return f"  {row['experiment_id']}: {errors}; {failed}"
+
+
+@app.command()
+@_reports_errors
 def record(
     data: Data = None,
     check: Annotated[

@@ -1,12 +1,10 @@
 """From a fitted step-time model to a clock of the simulator.
 
 A correction model is a sum of a prefill term, a decode term and a constant, so it becomes tables over tokens and is
-compiled. Baselines that are not such sums are asked at every step.
+compiled. Baselines that are no such sums become a table over prefill tokens and decoding requests.
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import numpy as np
 import pandas as pd
@@ -26,7 +24,7 @@ from stepcal.corrections import SMALLEST_STEP_US, CorrectionModel, StepFeatures
 from stepcal.decomposition import study_components_us
 from stepcal.errors import InputError
 from stepcal.hardware import Accelerator
-from stepcal.simulator import CompiledStepTime, ServerConfig, StepBatch, StepTime
+from stepcal.simulator import CompiledStepTime, ServerConfig, StepTime
 
 FloatArray = NDArray[np.float64]
 Clock = CompiledStepTime | StepTime
@@ -84,7 +82,7 @@ def baseline_clock(
     server: ServerConfig,
     *,
     tensor_parallel: int,
-) -> Clock:
+) -> CompiledStepTime:
     """Turn a fitted baseline into a clock of one server.
 
     Parameters are those of `correction_clock`, and `baseline` is one of `stepcal.baselines`.
@@ -105,7 +103,7 @@ def baseline_clock(
             floor_us=SMALLEST_STEP_US,
         )
     if isinstance(baseline, GradientBoosting):
-        return _boosting_clock(baseline)
+        return _boosting_clock(baseline, server)
     prefill, decode = _raw_tables_us(architecture, accelerator, server, tensor_parallel)
     if isinstance(baseline, RawAnalytical):
         return CompiledStepTime(prefill_tokens_us=prefill, decode_requests_us=decode, floor_us=SMALLEST_STEP_US)
@@ -128,44 +126,19 @@ def _raw_tables_us(
     return raw(tokens, np.zeros_like(tokens)), raw(np.zeros_like(requests), requests)
 
 
-def _bucket_clock(baseline: BucketMedianRatio, prefill_us: FloatArray, decode_us: FloatArray) -> StepTime:
-    requests = pd.DataFrame({"decode_tokens": np.arange(decode_us.size)})
-    ratios = baseline.ratio(requests)
-
-    def clock(batch: StepBatch) -> float:
-        decode = batch.decode_tokens
-        raw = max(float(prefill_us[batch.prefill_tokens] + decode_us[decode]), SMALLEST_STEP_US)
-        return raw * float(ratios[decode])
-
-    return clock
+def _bucket_clock(baseline: BucketMedianRatio, prefill_us: FloatArray, decode_us: FloatArray) -> CompiledStepTime:
+    ratios = baseline.ratio(pd.DataFrame({"decode_tokens": np.arange(decode_us.size)}))
+    raw = np.maximum(prefill_us[:, None] + decode_us, SMALLEST_STEP_US)
+    return CompiledStepTime(batch_us=raw * ratios)
 
 
-def _boosting_clock(baseline: GradientBoosting) -> StepTime:
+def _boosting_clock(baseline: GradientBoosting, server: ServerConfig) -> CompiledStepTime:
     if tuple(baseline.features) != BATCH_FEATURES:
         raise InputError(
             f"Trees that see {', '.join(baseline.features)} cannot drive a simulator, which knows only "
             f"{', '.join(BATCH_FEATURES)} before a step runs. Fit `GradientBoosting(features=BATCH_FEATURES)`."
         )
-
-    def predict(prefill: int, decode: int, prefill_requests: int, waiting: int) -> float:
-        row = pd.DataFrame([[prefill, decode, prefill_requests, waiting]], columns=list(BATCH_FEATURES))
-        return float(baseline.predict_us(row)[0])
-
-    remembered = _remember(predict)
-
-    def clock(batch: StepBatch) -> float:
-        return remembered(batch.prefill_tokens, batch.decode_tokens, batch.prefill_chunk_tokens.size, batch.waiting)
-
-    return clock
-
-
-def _remember(predict: Callable[..., float]) -> Callable[..., float]:
-    """Ask once for each batch: a run of a million steps has some thousand different ones."""
-    answers: dict[tuple[int, ...], float] = {}
-
-    def remembered(*batch: int) -> float:
-        if batch not in answers:
-            answers[batch] = predict(*batch)
-        return answers[batch]
-
-    return remembered
+    shape = (server.max_num_batched_tokens + 1, server.max_num_seqs + 1)
+    prefill, decode = (tokens.ravel() for tokens in np.indices(shape))
+    batches = pd.DataFrame({"prefill_tokens": prefill, "decode_tokens": decode})
+    return CompiledStepTime(batch_us=baseline.predict_us(batches).reshape(shape))

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from stepcal.architecture import ModelArchitecture, load_architecture
 from stepcal.clocks import Clock
 from stepcal.datasets import experiments, load_stages, measured
+from stepcal.datasets.lifecycle import WHOLE_RUN
 from stepcal.errors import InputError
 from stepcal.hardware import Accelerator, load_accelerator
 from stepcal.metrics import PERCENT
@@ -205,12 +206,35 @@ def measured_latencies(experiment: Experiment) -> pd.DataFrame:
     """
     output_tokens = experiment.workload.output_len
     if experiment.requests is None:
-        return _measured_summaries(experiment.experiment_id, output_tokens)
+        table = measured()
+        return summary_latencies(table[table["experiment_id"] == experiment.experiment_id], output_tokens)
     table = experiment.requests
     failed = table["has_error"].to_numpy(dtype=bool)
     e2e = np.where(failed, np.nan, table["e2e_s"].to_numpy(dtype=float))
     ttft = np.where(failed, np.nan, table["ttft_s"].to_numpy(dtype=float))
     return latency_table(e2e, ttft, output_tokens, np.asarray(experiment.arrivals("replayed").stage))
+
+
+def summary_latencies(summaries: pd.DataFrame, output_tokens: int) -> pd.DataFrame:
+    """Turn the summaries of one run (`stage`, `metric`, `statistic`, `value`) into the shape of `latency_table`.
+
+    There is no test split in summaries. The time per output token has its mean only: what the load generator reports
+    counts stream events, so the mean is that of E2E less TTFT.
+    """
+    latencies = summaries[summaries["metric"].isin(["e2e", "ttft"])]
+    counts = summaries[(summaries["metric"] == "requests") & summaries["statistic"].isin(["completed", "failed"])]
+    means = latencies[latencies["statistic"] == "mean"].pivot(index="stage", columns="metric", values="value")
+    tpot = ((means["e2e"] - means["ttft"]) / max(output_tokens - 1, 1)).rename("value").reset_index()
+    rows = [
+        latencies,
+        counts.assign(metric=counts["statistic"], statistic="count"),
+        tpot.assign(metric="tpot", statistic="mean"),
+    ]
+    result = pd.concat(rows)
+    split = np.where(result["stage"] == WHOLE_RUN, WHOLE, "stage " + result["stage"].astype(int).astype(str))
+    result = result.assign(split=split)[["split", "metric", "statistic", "value"]]
+    stages = set(result["split"]) - {WHOLE}
+    return (result if len(stages) > 1 else result[result["split"] == WHOLE]).reset_index(drop=True)
 
 
 def predicted_latencies(result: SimulationResult, output_tokens: int) -> pd.DataFrame:
@@ -317,17 +341,24 @@ def _own_requests(experiment: Experiment) -> pd.DataFrame:
     return experiment.requests
 
 
-def _measured_summaries(experiment_id: str, output_tokens: int) -> pd.DataFrame:
-    table = measured()
-    own = table[table["experiment_id"] == experiment_id]
-    latencies = own[own["metric"].isin(["e2e", "ttft"])]
-    counts = own[(own["metric"] == "requests") & own["statistic"].isin(["completed", "failed"])]
-    rows = [latencies, counts.assign(metric=counts["statistic"], statistic="count")]
-    means = latencies[latencies["statistic"] == "mean"].pivot(index="stage", columns="metric", values="value")
-    tpot = ((means["e2e"] - means["ttft"]) / (output_tokens - 1)).rename("value").reset_index()
-    rows.append(tpot.assign(metric="tpot", statistic="mean"))
-    result = pd.concat(rows)
-    one_stage = result["stage"].nunique() == 2
-    split = np.where(result["stage"] == -1, WHOLE, "stage " + result["stage"].astype(str))
-    result = result.assign(split=split)[["split", "metric", "statistic", "value"]]
-    return result[result["split"] == WHOLE] if one_stage else result
+def latency_summary(table: pd.DataFrame, split: str, span_s: float | None = None) -> dict[str, Any]:
+    """Return one split of a latency table in the JSON shape of `stepcal simulate`; what is not known is None."""
+    values = table[table["split"] == split].set_index(["metric", "statistic"])["value"]
+
+    def quantiles(metric: str) -> dict[str, float | None]:
+        known = {s: values.get((metric, s), np.nan) for s in ("mean", *QUANTILES)}
+        return {s: None if np.isnan(v) else float(v) for s, v in known.items()}
+
+    completed, failed = (int(values.get((name, "count"), 0)) for name in ("completed", "failed"))
+    tpot = quantiles("tpot")
+    return {
+        "requests": completed + failed,
+        "completed": completed,
+        "failed": failed,
+        "e2e_ms": quantiles("e2e"),
+        "ttft_ms": quantiles("ttft"),
+        # Over requests of one length the mean gap between tokens is the mean time per output token; its quantiles differ.
+        "itl_ms": {"mean": tpot["mean"], **dict.fromkeys(QUANTILES)},
+        "tpot_ms": tpot,
+        "requests_per_s": completed / span_s if span_s else None,
+    }

@@ -11,7 +11,7 @@ import pandas as pd
 from stepcal.datasets import have_traces
 from stepcal.errors import MissingDataError
 from stepcal.recorded import Recording, read_recorded, record_exists, write_recorded
-from stepcal.studies import RESCORED, STUDIES, Study, load_study
+from stepcal.studies import STUDIES, Study, load_study
 
 RELATIVE_TOLERANCE = 1e-6
 """How far a recomputed number may be from the recorded one: iterative fits stop at about 1e-8."""
@@ -42,7 +42,7 @@ def record_all(data: Path | str | None = None, *, check: bool = False) -> list[s
             "Recording needs the step traces. Set STEPCAL_DATA to their folder (see data/README.md)."
         )
     lines = []
-    for name in [*STUDIES, RESCORED]:
+    for name in STUDIES:
         if check and not record_exists(name):
             lines.append(f"{name}: was never recorded")
             continue

@@ -22,6 +22,7 @@ from stepcal.datasets import (
     content_sha256,
     experiments,
     have_traces,
+    load_requests,
     load_steps,
     load_xgboost_predictions,
     published_h1,
@@ -29,6 +30,7 @@ from stepcal.datasets import (
     simulated_step_rows,
 )
 from stepcal.decomposition import decompose
+from stepcal.end_to_end_study import run_end_to_end
 from stepcal.errors import InputError, MissingDataError
 from stepcal.evaluation import (
     bias_table,
@@ -71,7 +73,8 @@ class Provenance:
         ``measured`` (computed now), ``recorded`` (computed earlier, from data that is not here) or ``simulated``.
     data_sha256 : str
         Content hash of the rows they were computed from.
-    n_steps, n_experiments : int
+    n_rows, n_experiments : int
+        Rows (steps, requests, predictions) that went in.
     recorded : str
         Day of the recording, empty unless recorded.
     version : str
@@ -80,14 +83,14 @@ class Provenance:
 
     kind: str
     data_sha256: str
-    n_steps: int
+    n_rows: int
     n_experiments: int
     recorded: str = ""
     version: str = __version__
 
     def sentence(self) -> str:
         """Return one sentence for a reader."""
-        size = f"{self.n_steps:,} steps of {self.n_experiments} experiments (content hash {self.data_sha256[:12]})"
+        size = f"{self.n_rows:,} rows of {self.n_experiments} experiments (content hash {self.data_sha256[:12]})"
         if self.kind == SIMULATED:
             return f"Simulated rows, drawn from a seed: {size}. They exercise the pipeline and enter no verdict."
         if self.kind == RECORDED:
@@ -195,10 +198,39 @@ def run_h2(
     return tables, texts
 
 
-STUDIES: dict[str, Callable[..., tuple[Tables, dict[str, str]]]] = {"h1": run_h1, "h2": run_h2}
-"""Studies of step rows, by name."""
+def run_rescored(predictions: pd.DataFrame) -> tuple[Tables, dict[str, str]]:
+    """Re-score the published XGBoost predictions: table ``rescored``."""
+    return {"rescored": rescore_published_predictions(predictions)}, {}
+
+
+@dataclass(frozen=True)
+class StudyKind:
+    """How a study gets its rows and what it does with them.
+
+    Attributes
+    ----------
+    run : callable
+        Takes the loaded tables in order, and options; returns tables and texts.
+    loaders : tuple of callable
+        Each takes the data folder and returns a table.
+    simulates : bool
+        Whether simulated step rows can take the place of the loaded ones.
+    """
+
+    run: Callable[..., tuple[Tables, dict[str, str]]]
+    loaders: tuple[Callable[[Path | str | None], pd.DataFrame], ...] = (load_steps,)
+    simulates: bool = True
+
+
 RESCORED = "published_predictions"
-"""The study that re-scores the published XGBoost predictions; it has a data file of its own."""
+END_TO_END = "end_to_end"
+STUDIES: dict[str, StudyKind] = {
+    "h1": StudyKind(run_h1),
+    "h2": StudyKind(run_h2),
+    RESCORED: StudyKind(run_rescored, (load_xgboost_predictions,), simulates=False),
+    END_TO_END: StudyKind(run_end_to_end, (load_steps, load_requests), simulates=False),
+}
+"""All studies by name."""
 
 
 # One thread adds in one order: a result is the same on one core and on two, and small systems are faster so.
@@ -216,9 +248,9 @@ def load_study(
     Parameters
     ----------
     name : str
-        ``h1``, ``h2`` or ``published_predictions``.
+        One of `STUDIES`.
     source : str
-        ``measured`` or ``simulated``.
+        ``measured`` or ``simulated``. A study that has no use for simulated rows stays measured or recorded.
     data : path, optional
         Folder of the public layout; defaults to `STEPCAL_DATA`.
     only_experiments : sequence of str
@@ -237,22 +269,22 @@ def load_study(
     MissingDataError
         If the traces are missing and options differ from the recorded ones.
     """
-    known = [*STUDIES, RESCORED]
-    if name not in known:
-        raise InputError(f"Unknown study `{name}`. Studies: {', '.join(known)}.")
+    if name not in STUDIES:
+        raise InputError(f"Unknown study `{name}`. Studies: {', '.join(STUDIES)}.")
     if source not in SOURCES:
         raise InputError(f"`source={source!r}` is unknown; it is one of {', '.join(SOURCES)}.")
-    if source == MEASURED and not have_traces(data):
+    kind = STUDIES[name]
+    if source == SIMULATED and kind.simulates:
+        tables = [simulated_step_rows(seed=int(str(options.get("seed", 0))))]
+    elif have_traces(data):
+        source, tables = MEASURED, [load(data) for load in kind.loaders]
+    else:
         return _recorded_study(name, bool(only_experiments or options))
-    if name == RESCORED:
-        return _rescored(data)
-    seed = int(str(options.get("seed", 0)))
-    steps = load_steps(data) if source == MEASURED else simulated_step_rows(seed=seed)
-    steps = select_experiments(steps, only_experiments)
-    provenance = Provenance(source, content_sha256(steps), len(steps), steps["experiment_id"].nunique())
+    tables = [select_experiments(table, only_experiments) for table in tables]
+    provenance = _provenance(source, tables)
     key = [name, source, provenance.data_sha256, sorted((k, repr(v)) for k, v in options.items())]
-    tables, texts = shared_result(key, lambda: STUDIES[name](steps, **options))
-    return Study(name, tables, provenance, texts)
+    results, texts = shared_result(key, lambda: kind.run(*tables, **options))
+    return Study(name, results, provenance, texts)
 
 
 def shared_result(key: object, compute: Callable[[], T]) -> T:
@@ -324,16 +356,16 @@ def verdict_of(
     if published:
         table = published_h2()
         return judge(registered, published_h2_evidence(table)), _published_provenance(table)
-    study = load_study("h2", data=data)
-    evidence = h2_evidence(study["scores"], experiments()["experiment_id"])
-    return judge(registered, evidence), study.provenance
+    study, end_to_end = load_study("h2", data=data), load_study(END_TO_END, data=data)
+    evidence = h2_evidence(study["scores"], experiments()["experiment_id"], end_to_end["evidence"])
+    return judge(registered, evidence), end_to_end.provenance
 
 
-def _rescored(data: Path | str | None) -> Study:
-    predictions = load_xgboost_predictions(data)
-    table = rescore_published_predictions(predictions)
-    provenance = Provenance(MEASURED, content_sha256(predictions), len(predictions), len(table))
-    return Study(RESCORED, {"rescored": table}, provenance)
+def _provenance(kind: str, tables: Sequence[pd.DataFrame]) -> Provenance:
+    hashes = [content_sha256(table) for table in tables]
+    combined = hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
+    n_experiments = max(table["experiment_id"].nunique() for table in tables)
+    return Provenance(kind, combined, sum(map(len, tables)), n_experiments)
 
 
 def _recorded_study(name: str, changed: bool) -> Study:
@@ -344,7 +376,12 @@ def _recorded_study(name: str, changed: bool) -> Study:
             "(see data/README.md), or choose source='simulated'."
         )
     content = read_recorded(name)
-    provenance = Provenance(**{**content.provenance, "kind": RECORDED})
+    try:
+        provenance = Provenance(**{**content.provenance, "kind": RECORDED})
+    except TypeError as error:
+        raise InputError(
+            f"The recording of `{name}` was written by another version: {error}. Record it again."
+        ) from None
     return Study(name, content.tables, provenance, content.texts)
 
 

@@ -66,7 +66,7 @@ def test_simulated_studies_say_so_and_are_reproducible(no_traces):
     first, second = (studies.load_study("h2", source="simulated", **options) for _ in range(2))
     assert first.provenance.kind == studies.SIMULATED
     assert "enter no verdict" in first.provenance.sentence()
-    assert first.provenance.n_steps == 122_752
+    assert first.provenance.n_rows == 122_752
     pd.testing.assert_frame_equal(first["scores"], second["scores"])
 
 

@@ -32,6 +32,8 @@ def step_duration(times: Times, batch: Int64Array) -> float:
         + times.kv_us * batch[at.DECODE_KV]
         + times.waiting_us * batch[at.N_WAITING]
     )
+    if times.batch_us.shape[1] > 1:
+        gpu += times.batch_us[batch[at.PREFILL_TOKENS], n_decode]
     if n_prefill:
         gpu += (
             times.prefill_tokens_us[batch[at.PREFILL_TOKENS]]
@@ -58,6 +60,8 @@ def decode_line(times: Times, n_decode: int, kv_tokens: int, n_waiting: int) -> 
         + times.kv_us * kv_tokens
         + times.waiting_us * n_waiting
     )
+    if times.batch_us.shape[1] > 1:
+        gpu += times.batch_us[0, n_decode]
     host = _host_duration(times, n_decode, n_waiting)
     slope = times.kv_us * n_decode
     if times.overlap:

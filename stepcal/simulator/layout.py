@@ -217,6 +217,7 @@ class Times(NamedTuple):
     prefill_tokens_us: FloatArray
     requests_us: FloatArray
     decode_requests_us: FloatArray
+    batch_us: FloatArray  # (prefill tokens, decode requests), or (1, 1) where there is no such table
     kv_us: float
     prefill_kv_us: float
     prefill_pair_us: float

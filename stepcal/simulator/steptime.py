@@ -81,8 +81,8 @@ class StepTime(Protocol):
 class CompiledStepTime:
     """A step time affine in KV tokens, with tables over tokens and requests. All in microseconds.
 
-    The GPU takes ``constant + tokens[T] + prefill_tokens[P] + requests[B] + decode_requests[D] + kv * decode KV
-    tokens + prefill_kv * prefill KV tokens + prefill_pair * pairs + waiting * W``, the host ``host_constant +
+    The GPU takes ``constant + tokens[T] + prefill_tokens[P] + requests[B] + decode_requests[D] + batch[P, D] + kv * decode
+    KV tokens + prefill_kv * prefill KV tokens + prefill_pair * pairs + waiting * W``, the host ``host_constant +
     host_requests[B] + host_waiting * W``, for a step of P prefill tokens and D decoding requests, T = P + D tokens, B
     requests and W left waiting.
 
@@ -93,6 +93,8 @@ class CompiledStepTime:
         Time by the number of tokens; element 0 of `prefill_tokens_us` is not used. A scalar is a time per token.
     requests_us, decode_requests_us, host_requests_us : array_like of float, shape (max_num_seqs + 1,), or scalar
         Time by the number of requests. A scalar is a time per request.
+    batch_us : array_like of float, shape (max_num_batched_tokens + 1, max_num_seqs + 1), or 0
+        Time by prefill tokens and decoding requests together, for what is no sum of the two.
     kv_us, prefill_kv_us : float
         Per context token of the decoding and of the prefilling requests.
     prefill_pair_us : float
@@ -112,6 +114,7 @@ class CompiledStepTime:
     prefill_tokens_us: ArrayLike = 0.0
     requests_us: ArrayLike = 0.0
     decode_requests_us: ArrayLike = 0.0
+    batch_us: ArrayLike = 0.0
     kv_us: float = 0.0
     prefill_kv_us: float = 0.0
     prefill_pair_us: float = 0.0
@@ -132,8 +135,11 @@ class CompiledStepTime:
                 self._check(field.name, np.asarray(getattr(self, field.name), dtype=np.float64))
 
     def _check(self, name: str, values: FloatArray) -> None:
-        if values.ndim > 1:
-            raise InputError(f"`{name}` has {values.ndim} dimensions; it must be a number or a table of one dimension.")
+        most = 2 if name == "batch_us" else 1
+        if values.ndim > most:
+            raise InputError(
+                f"`{name}` has {values.ndim} dimensions; it must be a number or a table of {most} dimension(s)."
+            )
         is_wrong = ~np.isfinite(values) | ((values < 0) & (self.floor_us <= 0.0))
         if is_wrong.any():
             where = "" if values.ndim == 0 else f" at {int(np.argmax(is_wrong))}"
@@ -158,6 +164,7 @@ class CompiledStepTime:
             self._table("prefill_tokens_us", n_tokens, "max_num_batched_tokens"),
             self._table("requests_us", n_requests, "max_num_seqs"),
             self._table("decode_requests_us", n_requests, "max_num_seqs"),
+            self._batch_table(n_tokens, n_requests),
             float(self.kv_us),
             float(self.prefill_kv_us),
             float(self.prefill_pair_us),
@@ -180,6 +187,21 @@ class CompiledStepTime:
             )
         return np.ascontiguousarray(values[:size])
 
+    def _batch_time(self, batch: StepBatch) -> float:
+        values = np.asarray(self.batch_us, dtype=np.float64)
+        return float(values if values.ndim == 0 else values[batch.prefill_tokens, batch.decode_tokens])
+
+    def _batch_table(self, n_tokens: int, n_requests: int) -> FloatArray:
+        values = np.asarray(self.batch_us, dtype=np.float64)
+        if values.ndim == 0 and values == 0.0:
+            return np.zeros((1, 1))
+        if values.ndim != 2 or values.shape[0] < n_tokens or values.shape[1] < n_requests:
+            raise InputError(
+                f"Step-time component `batch_us` has shape {values.shape}; the server's `max_num_batched_tokens` and "
+                f"`max_num_seqs` need ({n_tokens}, {n_requests})."
+            )
+        return np.ascontiguousarray(values[:n_tokens, :n_requests])
+
     def __call__(self, batch: StepBatch) -> dict[str, float]:
         """The same time, asked step by step (slower; scheduling asynchronously if `combine` is "max")."""
         n_tokens = batch.prefill_tokens + batch.decode_tokens
@@ -194,6 +216,7 @@ class CompiledStepTime:
             "prefill_tokens_us": at("prefill_tokens_us", batch.prefill_tokens) if batch.prefill_tokens else 0.0,
             "requests_us": at("requests_us", batch.requests),
             "decode_requests_us": at("decode_requests_us", batch.decode_tokens),
+            "batch_us": self._batch_time(batch),
             "kv_us": self.kv_us * batch.decode_kv_tokens,
             "prefill_kv_us": self.prefill_kv_us * batch.prefill_kv_tokens,
             "prefill_pair_us": self.prefill_pair_us * batch.prefill_pairs,
@@ -233,4 +256,4 @@ def add_components(duration: float | Mapping[str, float]) -> float:
 def dummy_times() -> Times:
     """Tables for a run whose durations come from outside."""
     one = np.zeros(1)
-    return Times(0.0, one, one, one, one, 0.0, 0.0, 0.0, 0.0, 0.0, one, 0.0, 0.0, 0)
+    return Times(0.0, one, one, one, one, np.zeros((1, 1)), 0.0, 0.0, 0.0, 0.0, 0.0, one, 0.0, 0.0, 0)

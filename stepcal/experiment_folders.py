@@ -1,0 +1,149 @@
+"""Reads experiments of one's own: a folder for each run, laid out as the public ones.
+
+``<folder>/<id>/exp-config.yaml`` names model and server limits, ``results/config.yaml`` (as run) or ``profile.yaml`` (as
+asked for) the workload, ``results/*_lifecycle_metrics.json`` what clients measured, and a ``config.json`` the architecture
+of a model that does not ship.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import yaml
+
+from stepcal.architecture import ModelArchitecture, load_architecture, resolve_architecture
+from stepcal.datasets import read_lifecycle_summary
+from stepcal.datasets.build import OVERLOADED_BELOW_SHARE
+from stepcal.datasets.lifecycle import WHOLE_RUN
+from stepcal.end_to_end import CLIENT_TIMEOUT_S, Experiment, summary_latencies
+from stepcal.errors import InputError
+from stepcal.hardware import load_accelerator
+from stepcal.simulator import ServerConfig, SharedPrefixWorkload, read_workload
+
+DEFAULT_ACCELERATOR = "h100-sxm"
+KV_BLOCK_KEYS = ("kv_blocks_total_gpu", "num_gpu_blocks", "kv_blocks")
+SERVER_SETTINGS = ("server_settings.csv", "../requests/server_settings.csv")
+
+
+def read_experiment_folder(folder: Path, *, accelerator: str | None = None) -> list[tuple[Experiment, pd.DataFrame]]:
+    """Read every run of a folder, with its measured summaries.
+
+    Parameters
+    ----------
+    folder : Path
+    accelerator : str, optional
+        GPU of runs whose ``exp-config.yaml`` does not name one (`gpu`); H100 SXM by default.
+
+    Returns
+    -------
+    list of (Experiment, DataFrame)
+        The second is what clients measured, as `stepcal.end_to_end.latency_table` gives it.
+
+    Raises
+    ------
+    InputError
+        If the folder holds no run, or a run lacks a file or a setting; the message names it.
+    """
+    runs = sorted(path.parent for path in folder.glob("*/exp-config.yaml")) if folder.is_dir() else []
+    if not runs:
+        raise InputError(
+            f"{folder} holds no experiments. It needs a folder for each run, with `exp-config.yaml`, `profile.yaml` and "
+            "`results/*_lifecycle_metrics.json`."
+        )
+    return [_read_run(run, folder, accelerator) for run in runs]
+
+
+def _read_run(run: Path, folder: Path, accelerator: str | None) -> tuple[Experiment, pd.DataFrame]:
+    config = _yaml(run / "exp-config.yaml")
+    as_run, as_asked = run / "results" / "config.yaml", run / "profile.yaml"
+    source = as_run if as_run.is_file() else as_asked
+    if not source.is_file():
+        raise InputError(f"{run} has neither `results/config.yaml` nor `profile.yaml`: the workload is unknown.")
+    workload = read_workload(_yaml(source))
+    workload = replace(workload, timeout_s=min(workload.timeout_s, CLIENT_TIMEOUT_S))
+    measured = _measured(run)
+    experiment = Experiment(
+        experiment_id=run.name,
+        architecture=_architecture(run, str(_setting(config, run, "model"))),
+        accelerator=load_accelerator(str(config.get("gpu") or accelerator or DEFAULT_ACCELERATOR)),
+        tensor_parallel=int(config.get("tensor_parallelism", config.get("tensor_parallel", 1))),
+        server=ServerConfig(
+            kv_blocks=_kv_blocks(run, folder, config),
+            max_num_seqs=int(_setting(config, run, "max_num_seqs")),
+            max_num_batched_tokens=int(_setting(config, run, "max_num_batched_tokens")),
+            max_model_len=int(_setting(config, run, "max_model_len")),
+        ),
+        workload=workload,
+        overloaded=_is_overloaded(measured, workload),
+    )
+    experiment.architecture.check_tensor_parallel(experiment.tensor_parallel)
+    return experiment, summary_latencies(measured, workload.output_len)
+
+
+def _measured(run: Path) -> pd.DataFrame:
+    files = sorted((run / "results").glob("*_lifecycle_metrics.json"))
+    table = pd.concat([read_lifecycle_summary(file) for file in files]) if files else pd.DataFrame({"stage": []})
+    if WHOLE_RUN not in set(table["stage"]):
+        raise InputError(
+            f"{run / 'results'} lacks `summary_lifecycle_metrics.json`, the figures of the whole run: there is nothing to "
+            "compare with."
+        )
+    return table
+
+
+def _is_overloaded(measured: pd.DataFrame, workload: SharedPrefixWorkload) -> bool:
+    """Whether any stage, or the run if stages have no figures, was served more slowly than it was asked for."""
+    served = measured[(measured["metric"] == "throughput") & (measured["statistic"] == "requests")]
+    by_stage = served.set_index("stage")["value"]
+    rates = {i: stage.rate for i, stage in enumerate(workload.stages)}
+    shares = [by_stage[i] / rate for i, rate in rates.items() if i in by_stage.index]
+    return bool(shares) and min(shares) < OVERLOADED_BELOW_SHARE
+
+
+def _architecture(run: Path, model: str) -> ModelArchitecture:
+    own = run / "config.json"
+    if own.is_file():
+        return resolve_architecture(str(own))
+    for name in (model, model.lower(), model.rpartition("/")[2].lower()):
+        try:
+            return load_architecture(name)
+        except InputError:
+            continue
+    raise InputError(
+        f"{run}: the model `{model}` does not ship. Put its HuggingFace `config.json` into the run's folder."
+    )
+
+
+def _kv_blocks(run: Path, folder: Path, config: dict[str, Any]) -> int:
+    for key in KV_BLOCK_KEYS:
+        if config.get(key) is not None:
+            return int(config[key])
+    for name in SERVER_SETTINGS:
+        file = folder / name
+        if file.is_file():
+            table = pd.read_csv(file).set_index("experiment_id")
+            if run.name in table.index:
+                return int(table[KV_BLOCK_KEYS[0]][run.name])
+    raise InputError(
+        f"{run / 'exp-config.yaml'} does not say how many KV blocks the server had (`{KV_BLOCK_KEYS[0]}`). vLLM logs the "
+        f"number at start-up; add it there, or list it in `{SERVER_SETTINGS[0]}` in {folder}."
+    )
+
+
+def _setting(config: dict[str, Any], run: Path, name: str) -> Any:
+    if config.get(name) is None:
+        raise InputError(f"{run / 'exp-config.yaml'} lacks `{name}`.")
+    return config[name]
+
+
+def _yaml(path: Path) -> dict[str, Any]:
+    try:
+        parsed = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise InputError(f"{path} cannot be read as YAML: {error}") from None
+    if not isinstance(parsed, dict):
+        raise InputError(f"{path} holds a {type(parsed).__name__}; a mapping of settings was expected.")
+    return parsed
