@@ -250,7 +250,14 @@ def resolve_architecture(name_or_path: str) -> ModelArchitecture:
     """
     if not (name_or_path.endswith(".json") or Path(name_or_path).is_file()):
         return load_architecture(name_or_path)
-    read = ModelArchitecture.from_config(name_or_path)
+    try:
+        read = ModelArchitecture.from_config(name_or_path)
+    except InputError:
+        raise
+    except (TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
+        raise InputError(
+            f"{name_or_path} is not a transformer's config.json: a field has a value of the wrong kind ({error})."
+        ) from None
     return next((known for known in _shipped().values() if replace(read, name=known.name) == known), read)
 
 

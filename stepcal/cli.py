@@ -17,7 +17,7 @@ import pandas as pd
 import typer
 
 from stepcal.errors import StepcalError
-from stepcal.files import write_atomically
+from stepcal.files import refuse_unwritable, write_atomically
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -205,7 +205,7 @@ def simulate(
     steps_fraction: Annotated[
         float, typer.Option("--steps-fraction", help="Share of steps to keep in it, drawn from the seed.")
     ] = 1.0,
-    seed: Annotated[int, typer.Option("--seed", help="Of arrivals and of the sample of steps.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of arrivals and of the sample of steps.")] = 0,
     json_out: Json = None,
 ) -> None:
     """Serve a workload as vLLM 0.15.1 would and report latencies, per load stage and overall.
@@ -218,6 +218,8 @@ def simulate(
     from stepcal.simulate_command import SimulateOptions, run_simulation, summary_text
     from stepcal.simulator import ServerConfig
 
+    if json_out not in (None, "-"):
+        refuse_unwritable(Path(json_out))
     server = ServerConfig(
         kv_blocks=kv_blocks,
         max_num_seqs=max_num_seqs,
@@ -273,7 +275,7 @@ def evaluate(
     accelerator: Annotated[
         str | None, typer.Option("--accelerator", help="GPU of experiments that do not name one. Default: h100-sxm.")
     ] = None,
-    seed: Annotated[int, typer.Option("--seed", help="Of generated arrivals.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of generated arrivals.")] = 0,
     json_out: Json = None,
 ) -> None:
     """Simulate measured experiments end to end and compare latencies with what clients saw.
@@ -286,6 +288,9 @@ def evaluate(
     from stepcal.end_to_end_study import evaluate as evaluate_cases
     from stepcal.experiment_folders import read_experiment_folder
 
+    if json_out not in (None, "-"):
+        refuse_unwritable(Path(json_out))
+    fitted = load_coefficients(coefficients)
     if experiments is not None:
         cases = read_experiment_folder(experiments, accelerator=accelerator)
         process = arrivals or "poisson"
@@ -293,7 +298,7 @@ def evaluate(
         at_hand = have_traces()
         cases = [(e, measured_latencies(e)) for e in load_experiments(load_requests() if at_hand else None)]
         process = arrivals or ("replayed" if at_hand else "poisson")
-    result = evaluate_cases(load_coefficients(coefficients), cases, process=process, seed=seed)
+    result = evaluate_cases(fitted, cases, process=process, seed=seed)
     result = {"coefficients": coefficients, "arrivals": process, **result}
     lines = [f"{coefficients}, {process} arrivals: signed error of the mean over completed requests (%)"]
     lines += [_evaluation_line(row) for row in result["per_experiment"]]

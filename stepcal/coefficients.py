@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from stepcal.architecture import ModelArchitecture
-from stepcal.baselines import Blackbox, ConstantStep, RawAnalytical, StepBaseline
+from stepcal.baselines import BLACKBOX_FEATURES, Blackbox, ConstantStep, RawAnalytical, StepBaseline
 from stepcal.clocks import Clock, baseline_clock, correction_clock
 from stepcal.corrections import CorrectionModel, Global9, Model36, Phase16
 from stepcal.errors import InputError
@@ -99,6 +99,29 @@ class Coefficients:
             raise InputError(f"{self.origin}: unknown term `{unknown[0]}`. Terms: {', '.join(AFFINE_TERMS)}.")
         return CompiledStepTime(**dict[str, Any](self.values))
 
+    def check(self) -> Coefficients:
+        """Return these coefficients if every parameter of the variant is there, once.
+
+        Raises
+        ------
+        InputError
+            If one is missing, ambiguous, (of an affine step time) unknown or (a utilisation) not positive; it is named.
+        """
+        if self.variant == AFFINE:
+            self._affine()
+            return self
+        if self.variant not in RECORDED_VARIANTS:
+            names = _BASELINE_PARAMETERS[self.variant]
+        elif self.variant == "phase16":
+            names = tuple(p.name for p in Phase16(ridge=0.0).parameters)
+        else:
+            families = tuple(dict.fromkeys(name.rpartition(".")[0] for name in self.values)) or ("FAMILY",)
+            names = tuple(p.name for p in (Global9() if self.variant == "global9" else Model36(families)).parameters)
+        for name in names:
+            if self._value(name) <= 0.0 and name.endswith("_mfu"):
+                raise InputError(f"{self.origin}: `{name}` is {self._value(name)}; factors are divided by it.")
+        return self
+
     def _value(self, name: str) -> float:
         """Value of a parameter; a baseline's parameter may bear its experiment in front, if there is one only."""
         found = [v for key, v in self.values.items() if key == name or key.endswith(f".{name}")]
@@ -106,9 +129,13 @@ class Coefficients:
         if exact is not None:
             return exact
         if len(found) != 1:
-            how = "lacks" if not found else f"has {len(found)} experiments with"
+            if not found:
+                raise InputError(
+                    f"{self.origin} lacks `{name}`. `stepcal fit {self.variant} --json FILE` writes all parameters."
+                )
             raise InputError(
-                f"{self.origin} {how} `{name}`. Fit `{self.variant}` to one experiment (`--experiment ID`)."
+                f"{self.origin} has {len(found)} experiments with `{name}`. Fit `{self.variant}` to one experiment "
+                "(`--experiment ID`)."
             )
         return found[0]
 
@@ -148,12 +175,16 @@ def _read(path: Path) -> Coefficients:
     try:
         content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         variant = str(content["variant"])
-        values = {str(p["name"]): float(p["value"]) for p in content["parameters"]}
+        pairs = [(str(p["name"]), float(p["value"])) for p in content["parameters"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
             f"{path} is not a coefficient file ({type(error).__name__}: {error}). It is JSON with `variant` and "
             "`parameters`, a list of objects with `name` and `value`."
         ) from None
+    values = dict(pairs)
+    twice = next((name for i, (name, _) in enumerate(pairs) if name in dict(pairs[:i])), None)
+    if twice is not None:
+        raise InputError(f"{path} has the parameter `{twice}` twice. Keep one of them.")
     known = (AFFINE, *_BASELINES, *RECORDED_VARIANTS)
     if variant not in known:
         raise InputError(
@@ -162,14 +193,20 @@ def _read(path: Path) -> Coefficients:
     bad = next((name for name, value in values.items() if not np.isfinite(value)), None)
     if bad is not None:
         raise InputError(f"{path}: `{bad}` is {values[bad]}; coefficients are finite numbers.")
-    return Coefficients(variant, values, str(path))
+    return Coefficients(variant, values, str(path)).check()
+
+
+_BASELINE_PARAMETERS: dict[str, tuple[str, ...]] = {
+    "blackbox": ("intercept", *BLACKBOX_FEATURES),
+    "constant": ("median_us",),
+    "raw": (),
+}
 
 
 def _blackbox(coefficients: Coefficients, accelerator: Accelerator) -> StepBaseline:
     del accelerator
     baseline = Blackbox()
-    names = ("intercept", "prefill_tokens", "decode_tokens")
-    baseline.coefficients = np.array([coefficients._value(name) for name in names])
+    baseline.coefficients = np.array([coefficients._value(name) for name in _BASELINE_PARAMETERS["blackbox"]])
     return baseline
 
 

@@ -7,7 +7,7 @@ Every step-time model runs in the same simulator under the same arrivals. The er
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -224,6 +224,7 @@ def summary_latencies(summaries: pd.DataFrame, output_tokens: int) -> pd.DataFra
     latencies = summaries[summaries["metric"].isin(["e2e", "ttft"])]
     counts = summaries[(summaries["metric"] == "requests") & summaries["statistic"].isin(["completed", "failed"])]
     means = latencies[latencies["statistic"] == "mean"].pivot(index="stage", columns="metric", values="value")
+    means = means.reindex(columns=["e2e", "ttft"])
     tpot = ((means["e2e"] - means["ttft"]) / max(output_tokens - 1, 1)).rename("value").reset_index()
     rows = [
         latencies,
@@ -258,7 +259,7 @@ def training_mean(experiment: Experiment) -> pd.DataFrame:
     early = table.iloc[: int(np.rint(STUDY_FRACTIONS[0] * len(table)))]
     done = early[~early["has_error"]]
     e2e, ttft = float(done["e2e_s"].mean()) * MS_PER_S, float(done["ttft_s"].mean()) * MS_PER_S
-    tpot = (e2e - ttft) / (experiment.workload.output_len - 1)
+    tpot = (e2e - ttft) / max(experiment.workload.output_len - 1, 1)
     means = dict(zip(LATENCIES, (e2e, ttft, tpot), strict=True))
     known = measured_latencies(experiment)
     rows = known[(known["statistic"] == "mean") & known["metric"].isin(LATENCIES)]
@@ -276,8 +277,24 @@ def pace_clock(experiment: Experiment) -> CompiledStepTime:
     table = _own_requests(experiment)
     early = table.iloc[: int(np.rint(STUDY_FRACTIONS[0] * len(table)))]
     done = early[~early["has_error"]]
-    interval_s = (done["e2e_s"] - done["ttft_s"]) / (experiment.workload.output_len - 1)
+    interval_s = (done["e2e_s"] - done["ttft_s"]) / max(experiment.workload.output_len - 1, 1)
     return CompiledStepTime(constant_us=float(interval_s.mean()) * US_PER_S)
+
+
+def run_with_pace(experiment: Experiment, *, kv_blocks: int | None = None, seed: int = 0) -> SimulationResult:
+    """Simulate an experiment at its measured mean time per output token, with generated arrivals and all steps recorded.
+
+    Parameters
+    ----------
+    experiment : Experiment
+    kv_blocks : int, optional
+        Another number of KV blocks than the server had.
+    seed : int
+    """
+    known = measured_latencies(experiment).set_index(["split", "metric", "statistic"])["value"]
+    pace = CompiledStepTime(constant_us=float(known[WHOLE, "tpot", "mean"]) * US_PER_S / MS_PER_S)
+    server = experiment.server if kv_blocks is None else replace(experiment.server, kv_blocks=kv_blocks)
+    return run_experiment(replace(experiment, server=server), pace, process="poisson", seed=seed, record_steps=1.0)
 
 
 def compare(predicted: pd.DataFrame, known: pd.DataFrame) -> pd.DataFrame:

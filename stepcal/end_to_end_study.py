@@ -187,16 +187,13 @@ def _evaluate_one(
     table = compare(predicted_latencies(result, experiment.workload.output_len), known)
     errors = mean_errors(table.assign(experiment_id=experiment.experiment_id, variant="", arrivals=process))
     predicted = result.summary()
+    row |= {"predicted": predicted["overall"], "predicted_stages": predicted["stages"]}
+    row |= {"overloaded": experiment.overloaded}
+    if errors.empty:
+        return {**row, **nothing, "reason": "No request completed when it was measured."}
     judged = judged_error_percent(errors, {experiment.experiment_id: experiment.overloaded}).iloc[0]
     found = {f"{m}_error_percent": _number(errors[f"{m}_error_percent"].iloc[0]) for m in LATENCIES}
-    return {
-        **row,
-        "predicted": predicted["overall"],
-        "predicted_stages": predicted["stages"],
-        **found,
-        "judged_error_percent": _number(judged),
-        "overloaded": experiment.overloaded,
-    }
+    return {**row, **found, "judged_error_percent": _number(judged)}
 
 
 def _number(value: float) -> float | None:

@@ -22,9 +22,12 @@ from stepcal.end_to_end import CLIENT_TIMEOUT_S, Experiment, summary_latencies
 from stepcal.errors import InputError
 from stepcal.hardware import load_accelerator
 from stepcal.simulator import ServerConfig, SharedPrefixWorkload, read_workload
+from stepcal.simulator.config import NOT_MODELLED
 
 DEFAULT_ACCELERATOR = "h100-sxm"
 KV_BLOCK_KEYS = ("kv_blocks_total_gpu", "num_gpu_blocks", "kv_blocks")
+LIMITS = ("max_num_seqs", "max_num_batched_tokens", "max_model_len")
+SWITCHES = ("enable_prefix_caching", "async_scheduling")
 SERVER_SETTINGS = ("server_settings.csv", "../requests/server_settings.csv")
 
 
@@ -67,20 +70,31 @@ def _read_run(run: Path, folder: Path, accelerator: str | None) -> tuple[Experim
     measured = _measured(run)
     experiment = Experiment(
         experiment_id=run.name,
-        architecture=_architecture(run, str(_setting(config, run, "model"))),
+        architecture=_architecture(run, config),
         accelerator=load_accelerator(str(config.get("gpu") or accelerator or DEFAULT_ACCELERATOR)),
-        tensor_parallel=int(config.get("tensor_parallelism", config.get("tensor_parallel", 1))),
-        server=ServerConfig(
-            kv_blocks=_kv_blocks(run, folder, config),
-            max_num_seqs=int(_setting(config, run, "max_num_seqs")),
-            max_num_batched_tokens=int(_setting(config, run, "max_num_batched_tokens")),
-            max_model_len=int(_setting(config, run, "max_model_len")),
-        ),
+        tensor_parallel=_tensor_parallel(config, run),
+        server=_server(run, folder, config),
         workload=workload,
         overloaded=_is_overloaded(measured, workload),
     )
     experiment.architecture.check_tensor_parallel(experiment.tensor_parallel)
     return experiment, summary_latencies(measured, workload.output_len)
+
+
+def _tensor_parallel(config: dict[str, Any], run: Path) -> int:
+    names = [name for name in ("tensor_parallelism", "tensor_parallel") if config.get(name) is not None]
+    return _setting(config, run, names[0]) if names else 1
+
+
+def _server(run: Path, folder: Path, config: dict[str, Any]) -> ServerConfig:
+    """Limits, and whatever else the file says of scheduling; what is not modelled is refused."""
+    limits = {name: _setting(config, run, name) for name in LIMITS}
+    limits |= {"block_size": _setting(config, run, "block_size")} if config.get("block_size") is not None else {}
+    others = {name: config[name] for name in (*SWITCHES, *NOT_MODELLED) if config.get(name) is not None}
+    for name in SWITCHES:
+        if not isinstance(others.get(name, True), bool):
+            raise InputError(f"{run / 'exp-config.yaml'}: `{name}` is {others[name]!r}; it must be true or false.")
+    return ServerConfig.from_vllm_arguments({"kv_blocks": _kv_blocks(run, folder, config), **limits, **others})
 
 
 def _measured(run: Path) -> pd.DataFrame:
@@ -100,13 +114,19 @@ def _is_overloaded(measured: pd.DataFrame, workload: SharedPrefixWorkload) -> bo
     by_stage = served.set_index("stage")["value"]
     rates = {i: stage.rate for i, stage in enumerate(workload.stages)}
     shares = [by_stage[i] / rate for i, rate in rates.items() if i in by_stage.index]
+    if not shares and WHOLE_RUN in by_stage.index:
+        asked = sum(s.n_requests for s in workload.stages) / sum(s.duration_s for s in workload.stages)
+        shares = [by_stage[WHOLE_RUN] / asked]
     return bool(shares) and min(shares) < OVERLOADED_BELOW_SHARE
 
 
-def _architecture(run: Path, model: str) -> ModelArchitecture:
+def _architecture(run: Path, config: dict[str, Any]) -> ModelArchitecture:
     own = run / "config.json"
     if own.is_file():
         return resolve_architecture(str(own))
+    if config.get("model") is None:
+        raise InputError(f"{run / 'exp-config.yaml'} lacks `model`, and there is no `config.json` beside it.")
+    model = str(config["model"])
     for name in (model, model.lower(), model.rpartition("/")[2].lower()):
         try:
             return load_architecture(name)
@@ -120,29 +140,48 @@ def _architecture(run: Path, model: str) -> ModelArchitecture:
 def _kv_blocks(run: Path, folder: Path, config: dict[str, Any]) -> int:
     for key in KV_BLOCK_KEYS:
         if config.get(key) is not None:
-            return int(config[key])
+            return _setting(config, run, key)
     for name in SERVER_SETTINGS:
         file = folder / name
         if file.is_file():
-            table = pd.read_csv(file).set_index("experiment_id")
+            table = _settings_table(file)
             if run.name in table.index:
-                return int(table[KV_BLOCK_KEYS[0]][run.name])
+                return int(table[run.name])
     raise InputError(
         f"{run / 'exp-config.yaml'} does not say how many KV blocks the server had (`{KV_BLOCK_KEYS[0]}`). vLLM logs the "
         f"number at start-up; add it there, or list it in `{SERVER_SETTINGS[0]}` in {folder}."
     )
 
 
-def _setting(config: dict[str, Any], run: Path, name: str) -> Any:
-    if config.get(name) is None:
-        raise InputError(f"{run / 'exp-config.yaml'} lacks `{name}`.")
-    return config[name]
+def _settings_table(file: Path) -> pd.Series:
+    """KV blocks by experiment."""
+    try:
+        table = pd.read_csv(file, dtype={"experiment_id": str}).set_index("experiment_id")
+        return table[KV_BLOCK_KEYS[0]].astype(int)
+    except (OSError, KeyError, ValueError) as error:
+        raise InputError(
+            f"{file} cannot be read ({type(error).__name__}: {error}). It is a CSV table with the columns `experiment_id` "
+            f"and `{KV_BLOCK_KEYS[0]}`."
+        ) from None
+
+
+def _setting(config: dict[str, Any], run: Path, name: str) -> int:
+    value = config.get(name)
+    if value is None:
+        raise InputError(f"{run / 'exp-config.yaml'} lacks `{name}`. Add what the server was started with.")
+    try:
+        whole = int(value)
+    except (TypeError, ValueError, OverflowError):
+        whole = None
+    if whole is None or whole != value or isinstance(value, bool):
+        raise InputError(f"{run / 'exp-config.yaml'}: `{name}` is {value!r}; it must be a whole number.")
+    return whole
 
 
 def _yaml(path: Path) -> dict[str, Any]:
     try:
         parsed = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise InputError(f"{path} cannot be read as YAML: {error}") from None
     if not isinstance(parsed, dict):
         raise InputError(f"{path} holds a {type(parsed).__name__}; a mapping of settings was expected.")

@@ -9,6 +9,14 @@ from pathlib import Path
 from stepcal.errors import InputError
 
 
+def refuse_unwritable(path: Path) -> None:
+    """Raise an `InputError` if `path` cannot be a file: before a long run, rather than after it."""
+    if not path.parent.is_dir():
+        raise InputError(f"Cannot write {path}: the folder {path.parent} does not exist. Create it, or choose another.")
+    if path.is_dir():
+        raise InputError(f"Cannot write {path}: it is a folder. Add a file's name.")
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Write `text` to `path`, as `write_bytes_atomically` does."""
     write_bytes_atomically(path, text.encode("utf-8"))

@@ -25,6 +25,8 @@ VARIANT_NAMES = {
     "global9": "9 global",
     "phase16": "16 per regime",
     "model36": "36 per model",
+    "pace": "constant pace",
+    "training_mean": "mean of first arrivals",
 }
 COMPONENT_NAMES = {
     "prefill_gemm": "prefill GEMM",
@@ -183,6 +185,38 @@ def parameters_against_error(ours: pd.DataFrame, published: pd.DataFrame) -> Fig
     axes.minorticks_off()
     axes.set(xlabel="parameters (a model; an experiment for baselines)", ylabel="mean step MAPE (%)", ylim=(0, None))
     axes.legend(loc="lower left")
+    return _finished(figure)
+
+
+def end_to_end_errors(errors: pd.DataFrame) -> Figure:
+    """Absolute error of mean E2E, a dot an experiment, on a logarithmic axis; the study's bound is marked."""
+    variants = [v for v in VARIANT_NAMES if v in set(errors["variant"])]
+    figure, axes = plt.subplots(figsize=(8.5, 0.42 * len(variants) + 1.2))
+    smallest = 0.05
+    for i, variant in enumerate(variants):
+        size = errors.loc[errors["variant"] == variant, "e2e_error_percent"].abs().clip(lower=smallest)
+        spread = np.linspace(-0.2, 0.2, len(size))
+        axes.plot(np.sort(size), i + spread, "o", ms=4, alpha=0.7, color=sns.color_palette(PALETTE)[0])
+    axes.axvline(10, color="0.4", ls="--", lw=1)
+    axes.text(10, -0.7, " 10% ", color="0.4", fontsize="small", ha="right")
+    axes.set_yticks(range(len(variants)), [VARIANT_NAMES[v] for v in variants])
+    axes.invert_yaxis()
+    axes.set(xscale="log", xlabel="|error of mean E2E| (%), an experiment a dot", xlim=(smallest * 0.8, 150))
+    return _finished(figure)
+
+
+def server_over_time(steps: pd.DataFrame) -> Figure:
+    """Running and waiting requests, and KV blocks in use, against time."""
+    figure, (above, below) = plt.subplots(2, 1, figsize=(8.5, 4.6), sharex=True)
+    minutes = steps["ts_start_ns"] / 60e9
+    every = max(1, len(steps) // 4000)
+    for column, label in (("waiting_depth", "waiting"), ("running_depth", "running")):
+        above.plot(minutes[::every], steps[column][::every], lw=1, label=label)
+    above.set(ylabel="requests", yscale="symlog")
+    above.legend(loc="upper left")
+    in_use = 1 - steps["kv_blocks_free"] / steps["kv_blocks_total"]
+    below.plot(minutes[::every], 100 * in_use[::every], lw=1, color=sns.color_palette(PALETTE)[2])
+    below.set(ylabel="KV blocks in use (%)", xlabel="minutes", ylim=(0, 105))
     return _finished(figure)
 
 

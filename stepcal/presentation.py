@@ -31,6 +31,11 @@ def provenance_note(provenance: Provenance) -> HTML:
     )
 
 
+def simulated_note(text: str) -> HTML:
+    """Return the box that marks a figure as simulated."""
+    return HTML(f'<div class="provenance provenance-simulated"><strong>Simulated:</strong> {html.escape(text)}</div>')
+
+
 def show_table(
     table: pd.DataFrame,
     caption: str,

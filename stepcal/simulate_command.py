@@ -16,7 +16,7 @@ from stepcal.architecture import ModelArchitecture, resolve_architecture
 from stepcal.coefficients import load_coefficients
 from stepcal.datasets import read_requests_parquet
 from stepcal.errors import InputError
-from stepcal.files import write_bytes_atomically
+from stepcal.files import refuse_unwritable, write_bytes_atomically
 from stepcal.hardware import load_accelerator
 from stepcal.simulator import (
     RequestList,
@@ -63,8 +63,8 @@ def run_simulation(options: SimulateOptions, on_progress: Progress | None = None
     InputError
         If any option cannot be used; nothing is written then.
     """
-    if options.steps is not None and not options.steps.parent.is_dir():
-        raise InputError(f"Cannot write {options.steps}: the folder {options.steps.parent} does not exist.")
+    if options.steps is not None:
+        refuse_unwritable(options.steps)
     architecture = resolve_architecture(options.architecture)
     clock = load_coefficients(options.coefficients).clock(
         architecture,

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from stepcal.errors import InputError
+from stepcal.errors import InputError, StepcalError
 from stepcal.simulator import layout as at
 from stepcal.simulator.config import ServerConfig
 from stepcal.simulator.kernel import compile_advance
@@ -26,7 +26,7 @@ _US_PER_S = 1e6
 _COMPILED_MODULES = ("layout", "compilation", "blocks", "scheduling", "departures", "intake", "rows", "clock", "kernel")
 
 
-class SimulationInterrupted(RuntimeError):
+class SimulationInterrupted(StepcalError, RuntimeError):
     """A run was stopped before its end; nothing of it is kept."""
 
 

@@ -5,7 +5,7 @@ one after the other, over and over. A field that is not known is refused by name
 another workload.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,7 @@ _FIXED_FIELDS: dict[str, dict[str, tuple[Any, ...]]] = {
     "load": {"type": ("constant", "poisson"), "sweep": (None,)},
     "server": {"type": ("vllm",), "ignore_eos": (True,)},
 }
+_MOST_TOKENS = 10**9  # lengths are 32-bit integers
 _SILENT_FIELDS = {
     "server": {"model_name", "base_url", "api_key"},
     "load": _SILENT_LOAD_FIELDS,
@@ -89,6 +90,10 @@ class SharedPrefixWorkload:
             if getattr(self, name) < 1:
                 raise InputError(
                     f"`{name}` of a shared-prefix workload is {getattr(self, name)}; it must be at least 1."
+                )
+            if getattr(self, name) > _MOST_TOKENS:
+                raise InputError(
+                    f"`{name}` of a shared-prefix workload is {getattr(self, name)}; it must be at most {_MOST_TOKENS}."
                 )
         if not self.stages:
             raise InputError("`load.stages` is empty; a workload needs at least one stage with a rate and a duration.")
@@ -169,15 +174,15 @@ def read_workload(source: str | Path | Mapping[str, Any]) -> SharedPrefixWorkloa
     InputError
         If a field is unknown, missing, or asks for what is not modelled (named in each case).
     """
-    document = source if isinstance(source, Mapping) else yaml.safe_load(Path(source).read_text())
+    document = source if isinstance(source, Mapping) else _parsed(Path(source))
     if not isinstance(document, Mapping):
         raise InputError(
             f"The workload {source} is not a mapping of `data`, `load` and so on, as inference-perf writes it."
         )
     _refuse_unknown(document, {"data", "load", "api", "server"} | _SILENT_SECTIONS, "")
-    data, load = document.get("data") or {}, document.get("load") or {}
+    data, load = _section(document, "data"), _section(document, "load")
     for section, known in _FIXED_FIELDS.items():
-        fields = document.get(section) or {}
+        fields = _section(document, section)
         extra = {"data": {"shared_prefix"}, "load": {"stages", "request_timeout"}}.get(section, set())
         _refuse_unknown(fields, set(known) | _SILENT_FIELDS[section] | extra, f"{section}.")
         for name, values in known.items():
@@ -187,24 +192,28 @@ def read_workload(source: str | Path | Mapping[str, Any]) -> SharedPrefixWorkloa
                     f"{', '.join(map(str, values))}. "
                     "Requests of any other kind can be given as a table (`replay_requests`)."
                 )
-    shared = data.get("shared_prefix")
+    shared = _section(data, "shared_prefix", "data.")
     if not shared:
         raise InputError(
             "The workload has no `data.shared_prefix`, the only kind of inference-perf data that is modelled."
         )
     _refuse_unknown(shared, {*_SHARED_PREFIX_FIELDS, "enable_multi_turn_chat"}, "data.shared_prefix.")
     lengths = {
-        _SHARED_PREFIX_FIELDS[name]: int(value) for name, value in shared.items() if name in _SHARED_PREFIX_FIELDS
+        _SHARED_PREFIX_FIELDS[name]: _whole_number(f"data.shared_prefix.{name}", value)
+        for name, value in shared.items()
+        if name in _SHARED_PREFIX_FIELDS
     }
     for name in dict.fromkeys(_SHARED_PREFIX_FIELDS.values()):
         if name not in lengths:
             names = " or ".join(f"`{field}`" for field, ours in _SHARED_PREFIX_FIELDS.items() if ours == name)
             raise InputError(f"`data.shared_prefix` lacks {names}.")
-    timeout = load.get("request_timeout")
+    timeout, stages = load.get("request_timeout"), load.get("stages") or ()
+    if not isinstance(stages, Sequence) or not all(isinstance(stage, Mapping) for stage in stages):
+        raise InputError(f"`load.stages` is {stages!r}; it must be a list of stages, each with `rate` and `duration`.")
     return SharedPrefixWorkload(
         **lengths,
-        stages=tuple(_read_stage(stage) for stage in load.get("stages") or ()),
-        timeout_s=np.inf if timeout is None else float(timeout),
+        stages=tuple(_read_stage(stage) for stage in stages),
+        timeout_s=np.inf if timeout is None else _number("load.request_timeout", timeout),
         multi_turn_chat=bool(shared.get("enable_multi_turn_chat", False)),
     )
 
@@ -214,7 +223,38 @@ def _read_stage(stage: Mapping[str, Any]) -> LoadStage:
     for name in ("rate", "duration"):
         if name not in stage:
             raise InputError(f"A stage of `load.stages` lacks `{name}`.")
-    return LoadStage(rate=float(stage["rate"]), duration_s=float(stage["duration"]))
+    rate, duration = (_number(f"load.stages.{name}", stage[name]) for name in ("rate", "duration"))
+    return LoadStage(rate=rate, duration_s=duration)
+
+
+def _parsed(path: Path) -> Any:
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError(f"{path} cannot be read as YAML: {error}. Give a workload of inference-perf.") from None
+
+
+def _section(fields: Mapping[str, Any], name: str, prefix: str = "") -> Mapping[str, Any]:
+    section = fields.get(name) or {}
+    if not isinstance(section, Mapping):
+        raise InputError(f"`{prefix}{name}` of the workload is {section!r}; it must be a mapping of fields.")
+    return section
+
+
+def _number(name: str, value: Any) -> float:
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        return float(value)
+    except (TypeError, ValueError):
+        raise InputError(f"`{name}` of the workload is {value!r}; it must be a number.") from None
+
+
+def _whole_number(name: str, value: Any) -> int:
+    number = _number(name, value)
+    if not number.is_integer():
+        raise InputError(f"`{name}` of the workload is {value!r}; it must be a whole number.")
+    return int(number)
 
 
 def _refuse_unknown(fields: Mapping[str, Any], known: set[str], prefix: str) -> None:

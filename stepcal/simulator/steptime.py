@@ -140,6 +140,10 @@ class CompiledStepTime:
             raise InputError(
                 f"`{name}` has {values.ndim} dimensions; it must be a number or a table of {most} dimension(s)."
             )
+        if name == "batch_us" and values.ndim < most and (values.ndim or values != 0.0):
+            raise InputError(
+                f"`batch_us` has {values.ndim} dimension(s); it must be 0 or a table of prefill tokens by decoding requests."
+            )
         is_wrong = ~np.isfinite(values) | ((values < 0) & (self.floor_us <= 0.0))
         if is_wrong.any():
             where = "" if values.ndim == 0 else f" at {int(np.argmax(is_wrong))}"
