@@ -324,6 +324,21 @@ def _evaluation_line(row: dict[str, Any]) -> str:
 
 @app.command()
 @_reports_errors
+def download() -> None:
+    """Fetch the public traces (about 35 MB) at their pinned commits, check their hashes, and keep them in a cache.
+
+    Afterwards every command finds them there, and STEPCAL_DATA need not be set.
+    """
+    from stepcal.datasets import load_requests, load_steps, load_xgboost_predictions
+    from stepcal.datasets.catalogue import cache_folder
+
+    for load in (load_steps, load_xgboost_predictions, load_requests):
+        typer.echo(f"{load.__name__.removeprefix('load_')}: {len(load(download=True)):,} rows", err=True)
+    typer.echo(str(cache_folder()))
+
+
+@app.command()
+@_reports_errors
 def record(
     data: Data = None,
     check: Annotated[

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -26,21 +26,7 @@ from stepcal.simulator import CompiledStepTime, ServerConfig
 RECORDED_VARIANTS = ("global9", "phase16", "model36")
 """Variants whose fit to the public traces is recorded, so that their names are coefficients."""
 AFFINE = "affine"
-AFFINE_TERMS = (
-    "constant_us",
-    "tokens_us",
-    "prefill_tokens_us",
-    "requests_us",
-    "decode_requests_us",
-    "kv_us",
-    "prefill_kv_us",
-    "prefill_pair_us",
-    "waiting_us",
-    "host_constant_us",
-    "host_requests_us",
-    "host_waiting_us",
-    "floor_us",
-)
+AFFINE_TERMS = tuple(f.name for f in fields(CompiledStepTime) if f.name not in ("batch_us", "combine"))
 """Parameters of an ``affine`` file; see `stepcal.simulator.CompiledStepTime`."""
 
 

@@ -255,9 +255,7 @@ def training_mean(experiment: Experiment) -> pd.DataFrame:
     InputError
         If the measured requests are not at hand.
     """
-    table = _own_requests(experiment)
-    early = table.iloc[: int(np.rint(STUDY_FRACTIONS[0] * len(table)))]
-    done = early[~early["has_error"]]
+    done = _first_completed(experiment)
     e2e, ttft = float(done["e2e_s"].mean()) * MS_PER_S, float(done["ttft_s"].mean()) * MS_PER_S
     tpot = (e2e - ttft) / max(experiment.workload.output_len - 1, 1)
     means = dict(zip(LATENCIES, (e2e, ttft, tpot), strict=True))
@@ -274,9 +272,7 @@ def pace_clock(experiment: Experiment) -> CompiledStepTime:
     InputError
         If the measured requests are not at hand.
     """
-    table = _own_requests(experiment)
-    early = table.iloc[: int(np.rint(STUDY_FRACTIONS[0] * len(table)))]
-    done = early[~early["has_error"]]
+    done = _first_completed(experiment)
     interval_s = (done["e2e_s"] - done["ttft_s"]) / max(experiment.workload.output_len - 1, 1)
     return CompiledStepTime(constant_us=float(interval_s.mean()) * US_PER_S)
 
@@ -350,12 +346,14 @@ def judged_error_percent(errors: pd.DataFrame, overloaded: Mapping[str, bool]) -
     return e2e.where(~is_overloaded, np.maximum(e2e, completed))
 
 
-def _own_requests(experiment: Experiment) -> pd.DataFrame:
+def _first_completed(experiment: Experiment) -> pd.DataFrame:
+    """Completed requests among the first 60% of arrivals."""
     if experiment.requests is None:
         raise InputError(
             f"The requests of `{experiment.experiment_id}` are not at hand. Set STEPCAL_DATA to a folder with them."
         )
-    return experiment.requests
+    early = experiment.requests.iloc[: int(np.rint(STUDY_FRACTIONS[0] * len(experiment.requests)))]
+    return early[~early["has_error"]]
 
 
 def latency_summary(table: pd.DataFrame, split: str, span_s: float | None = None) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from stepcal.datasets import (
     published_h2,
     simulated_step_rows,
 )
+from stepcal.datasets.catalogue import traces_folder
 from stepcal.decomposition import decompose
 from stepcal.end_to_end_study import run_end_to_end
 from stepcal.errors import InputError, MissingDataError
@@ -274,9 +275,10 @@ def load_study(
     if source not in SOURCES:
         raise InputError(f"`source={source!r}` is unknown; it is one of {', '.join(SOURCES)}.")
     kind = STUDIES[name]
+    traces_folder(data)  # a folder that is named and does not exist is a slip, not a machine without traces
     if source == SIMULATED and kind.simulates:
         tables = [simulated_step_rows(seed=int(str(options.get("seed", 0))))]
-    elif have_traces(data):
+    elif data is not None or have_traces(data):
         source, tables = MEASURED, [load(data) for load in kind.loaders]
     else:
         return _recorded_study(name, bool(only_experiments or options))

@@ -247,8 +247,8 @@ def _not_found(what: str, name: str, absent: list[PublicFile], data: Path | str 
     looked = f"{folder} holds no `{name}`" if folder else f"{DATA_VARIABLE} is not set"
     return (
         f"No copy of the {what} was found: {looked}, and the cache {cache_folder()} lacks {_listing(absent)}. "
-        f"Two ways out: set {DATA_VARIABLE} (or `data`) to a folder with `{name}`, or allow the download from "
-        f"github.com/{absent[0].repository} (`download=True`)."
+        f"Two ways out: set {DATA_VARIABLE} (or `data`) to a folder with `{name}`, or fetch it from "
+        f"github.com/{absent[0].repository} (`stepcal download`, or `download=True`)."
     )
 
 
