@@ -50,6 +50,9 @@ def _reports_errors(command: Callable[P, R]) -> Callable[P, R]:
         except StepcalError as error:
             typer.echo(f"Error: {error}", err=True)
             raise typer.Exit(2) from None
+        except MemoryError as error:
+            typer.echo(f"Error: not enough memory. {error}. Give smaller limits or fewer requests.", err=True)
+            raise typer.Exit(2) from None
 
     return wrapped
 

@@ -111,13 +111,13 @@ def _measured(run: Path) -> pd.DataFrame:
 def _is_overloaded(measured: pd.DataFrame, workload: SharedPrefixWorkload) -> bool:
     """Whether any stage, or the run if stages have no figures, was served more slowly than it was asked for."""
     served = measured[(measured["metric"] == "throughput") & (measured["statistic"] == "requests")]
-    by_stage = served.set_index("stage")["value"]
-    rates = {i: stage.rate for i, stage in enumerate(workload.stages)}
-    shares = [by_stage[i] / rate for i, rate in rates.items() if i in by_stage.index]
-    if not shares and WHOLE_RUN in by_stage.index:
+    nothing = measured[(measured["metric"] == "requests") & (measured["statistic"] == "completed")].query("value == 0")
+    by_stage = {**dict(zip(served["stage"], served["value"], strict=True)), **dict.fromkeys(nothing["stage"], 0.0)}
+    shares = [by_stage[i] / stage.rate for i, stage in enumerate(workload.stages) if i in by_stage]
+    if not shares and WHOLE_RUN in by_stage:
         asked = sum(s.n_requests for s in workload.stages) / sum(s.duration_s for s in workload.stages)
-        shares = [by_stage[WHOLE_RUN] / asked]
-    return bool(shares) and min(shares) < OVERLOADED_BELOW_SHARE
+        shares = [by_stage[WHOLE_RUN] / asked] if asked else []
+    return bool(shares and min(shares) < OVERLOADED_BELOW_SHARE)
 
 
 def _architecture(run: Path, config: dict[str, Any]) -> ModelArchitecture:

@@ -149,6 +149,11 @@ def _write_steps(
 ) -> None:
     """Write the step table with the columns that a real trace has."""
     table = result.step_table()
+    if not table.num_rows:
+        raise InputError(
+            f"None of the {result.steps:,} steps is in the sample, so there is no {options.steps} to write. Raise "
+            f"`--steps-fraction` ({options.steps_fraction}) or leave `--steps` out."
+        )
     for column, value in (
         ("model", architecture.name),
         ("workload", name),

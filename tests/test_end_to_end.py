@@ -211,7 +211,9 @@ def test_predictions_are_the_simulations_latencies() -> None:
     result = run_experiment(experiment, CompiledStepTime(constant_us=20_000.0))
     predicted = by_key(predicted_latencies(result, 11))
     overall = result.summary()["overall"]
-    assert predicted[WHOLE, "completed", "count"] == overall["completed"] == 60, "all are served, also those that failed"
+    assert predicted[WHOLE, "completed", "count"] == overall["completed"] == 60, (
+        "all are served, also those that failed"
+    )
     for metric, key in (("e2e", "e2e_ms"), ("ttft", "ttft_ms"), ("tpot", "tpot_ms")):
         for statistic in ("mean", "p50", "p90", "p99"):
             assert predicted[WHOLE, metric, statistic] == pytest.approx(overall[key][statistic], rel=1e-9)
@@ -276,7 +278,12 @@ def test_a_latency_summary_has_the_shape_of_simulate() -> None:
 def test_shipped_experiments_are_complete() -> None:
     cases = load_experiments()
     assert len({c.experiment_id for c in cases}) == 16
-    assert sorted({c.architecture.name for c in cases}) == ["codellama-34b", "llama-2-70b", "llama-2-7b", "mixtral-8x7b"]
+    assert sorted({c.architecture.name for c in cases}) == [
+        "codellama-34b",
+        "llama-2-70b",
+        "llama-2-7b",
+        "mixtral-8x7b",
+    ]
     assert all(c.requests is None for c in cases)
     assert sum(stage.n_requests for c in cases for stage in c.workload.stages) == 151_200
     assert sum(c.overloaded for c in cases) == 4

@@ -88,9 +88,6 @@ def test_the_totals_follow_from_the_rows(of_model36) -> None:
 
 
 def test_the_same_seed_gives_the_same_answer(cases, of_model36) -> None:
-    def without_wall(result: dict) -> dict:
-        return result
-
     coefficients = load_coefficients("model36")
     known = [case for case in cases if case[0].architecture.name in TRAINED]
     same, other = (evaluate(coefficients, known, process="poisson", seed=seed) for seed in (3, 4))

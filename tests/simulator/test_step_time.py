@@ -173,3 +173,88 @@ def test_a_bad_answer_of_a_callable_is_named(answer: object, message: str) -> No
 def test_a_step_time_that_overflows_is_refused() -> None:
     with pytest.raises(ValueError, match="negative, NaN or infinite"):
         simulate(some_requests(), SERVER, CompiledStepTime(constant_us=1e308, kv_us=1e308))
+
+
+PREFILL, DECODE = np.meshgrid(np.arange(513.0), np.arange(25.0), indexing="ij")
+BATCH_TABLES = {
+    "sum": 2000.0 + 3.0 * PREFILL + 40.0 * DECODE,
+    "product": 3000.0 + 200.0 * np.sqrt(PREFILL) * np.log1p(DECODE),
+    "jagged": 1000.0 + np.random.default_rng(0).uniform(0.0, 9000.0, PREFILL.shape),
+}
+
+
+@pytest.mark.parametrize("async_scheduling", [False, True])
+@pytest.mark.parametrize("name", BATCH_TABLES)
+def test_a_batch_table_jumps_as_it_steps_as_it_is_asked(name: str, async_scheduling: bool) -> None:
+    server = ServerConfig(kv_blocks=700, max_num_seqs=24, max_num_batched_tokens=512, async_scheduling=async_scheduling)
+    step_time = CompiledStepTime(batch_us=BATCH_TABLES[name], kv_us=0.2, waiting_us=5.0, prefill_pair_us=1e-3)
+    jumped, stepped, asked = (
+        simulate(some_requests(), server, clock, timeout_s=4.0, max_jump=jump)
+        for clock, jump in ((step_time, None), (step_time, 1), (lambda batch: step_time(batch), None))
+    )
+    assert jumped.steps == stepped.steps == asked.steps
+    for other in (stepped, asked):
+        assert (jumped.rows["status"] == other.rows["status"]).all()
+        for key in TIMES:
+            assert np.allclose(jumped.rows[key], other.rows[key], rtol=1e-9, atol=0.0, equal_nan=True), key
+    assert jumped.gap_sums == pytest.approx(stepped.gap_sums, rel=1e-9)
+
+
+def test_a_batch_table_that_is_a_sum_is_two_tables() -> None:
+    together = CompiledStepTime(batch_us=BATCH_TABLES["sum"])
+    apart = CompiledStepTime(constant_us=2000.0, prefill_tokens_us=3.0, decode_requests_us=40.0)
+    results = [simulate(some_requests(), SERVER, clock, timeout_s=4.0) for clock in (together, apart)]
+    assert results[0].steps == results[1].steps
+    for key in TIMES:
+        assert np.allclose(results[0].rows[key], results[1].rows[key], rtol=1e-12, atol=0.0, equal_nan=True), key
+
+
+def test_every_recorded_step_takes_what_its_cell_says() -> None:
+    table = BATCH_TABLES["jagged"]
+    steps = simulate(some_requests(), SERVER, CompiledStepTime(batch_us=table), record_steps=1.0).step_table()
+    cells = table[steps["prefill_tokens"].to_numpy(), steps["decode_tokens"].to_numpy()]
+    assert np.allclose(steps["duration_us"].to_numpy(), cells, rtol=1e-6)
+    assert (steps["prefill_tokens"].to_numpy() > 0).any() and np.unique(steps["decode_tokens"]).size > 5
+
+
+def test_a_batch_table_stops_at_the_floor_and_overlaps_with_the_host() -> None:
+    low = CompiledStepTime(batch_us=BATCH_TABLES["jagged"] - 9000.0, floor_us=700.0)
+    chunks = np.array([17], dtype=np.int32)
+    empty = chunks[:0]
+    below = np.argwhere(BATCH_TABLES["jagged"][0] < 9000.0)[0, 0]
+    batch = StepBatch(empty, empty, np.full(below, 5, dtype=np.int32), 0)
+    assert sum(low(batch).values()) == pytest.approx(700.0)
+    jumped, stepped = (simulate(some_requests(), SERVER, low, timeout_s=4.0, max_jump=jump) for jump in (None, 1))
+    assert np.allclose(jumped.rows["finish_us"], stepped.rows["finish_us"], rtol=1e-9, equal_nan=True)
+    host = CompiledStepTime(batch_us=BATCH_TABLES["jagged"], host_constant_us=5000.0, combine="max")
+    longest = CompiledStepTime(batch_us=np.maximum(BATCH_TABLES["jagged"], 5000.0))
+    overlapped, single = (simulate(some_requests(), SERVER, clock) for clock in (host, longest))
+    assert np.allclose(overlapped.rows["finish_us"], single.rows["finish_us"], rtol=1e-9)
+
+
+def test_a_larger_batch_table_is_cut_to_the_server() -> None:
+    table = BATCH_TABLES["jagged"]
+    larger = np.pad(table, ((0, 100), (0, 7)), constant_values=1e6)
+    results = [simulate(some_requests(), SERVER, CompiledStepTime(batch_us=t), timeout_s=4.0) for t in (table, larger)]
+    assert results[0].rows.tobytes() == results[1].rows.tobytes()
+
+
+@pytest.mark.parametrize("shape", [(512, 25), (513, 24), (25, 513), (1, 1)])
+def test_a_batch_table_of_the_wrong_shape_is_named(shape: tuple[int, int]) -> None:
+    with pytest.raises(ValueError, match=rf"`batch_us` has shape \({shape[0]}, {shape[1]}\).*need \(513, 25\)"):
+        simulate(some_requests(), SERVER, CompiledStepTime(batch_us=np.ones(shape)))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (np.ones((513, 25, 1)), "`batch_us` has 3 dimensions"),
+        (np.ones(513), r"`batch_us` has 1 dimension\(s\); it must be 0 or a table"),
+        (5.0, r"`batch_us` has 0 dimension\(s\); it must be 0 or a table"),
+        (np.full((513, 25), np.nan), "`batch_us` is nan"),
+        (np.full((513, 25), -1.0), "`batch_us` is -1.0.*`floor_us`"),
+    ],
+)
+def test_what_is_no_batch_table_is_refused(values: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        CompiledStepTime(batch_us=values)
