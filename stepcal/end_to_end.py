@@ -340,10 +340,13 @@ def mean_errors(comparisons: pd.DataFrame, split: str = WHOLE) -> pd.DataFrame:
 
 
 def judged_error_percent(errors: pd.DataFrame, overloaded: Mapping[str, bool]) -> pd.Series:
-    """Return the E2E error that a criterion sees: for an overloaded run no less than the error of its completions."""
+    """Return the E2E error that a criterion sees: for an overloaded run no less than the error of its completions.
+
+    A prediction in which nothing completes has no E2E error; for an overloaded run that is a miss, by its completions.
+    """
     e2e, completed = errors["e2e_error_percent"].abs(), errors["completed_error_percent"].abs()
     is_overloaded = errors["experiment_id"].map(dict(overloaded)).astype(bool)
-    return e2e.where(~is_overloaded, np.maximum(e2e, completed))
+    return e2e.where(~is_overloaded, np.fmax(e2e, completed))
 
 
 def _first_completed(experiment: Experiment) -> pd.DataFrame:

@@ -126,10 +126,16 @@ def _requests(options: SimulateOptions) -> tuple[RequestList, float, str]:
     if options.requests is None:
         if workload is None:
             raise InputError("`--workload` is missing.")
-        name = options.workload.parent.name if options.workload and options.workload.parent.name else "simulated"
+        name = _run_name(options.workload)
         return workload.requests(options.arrivals, cv=options.cv, seed=options.seed), timeout_s, name
     table = read_requests_parquet(options.requests)
     return replay_requests(_one_experiment(table, options), workload), timeout_s, str(table["experiment_id"].iloc[0])
+
+
+def _run_name(workload: Path | None) -> str:
+    """Name of the run that a workload file belongs to: its folder, or the one above ``results``."""
+    folders = [] if workload is None else [p.name for p in workload.resolve().parents if p.name not in ("results", "")]
+    return folders[0] if folders else "simulated"
 
 
 def _one_experiment(table: pd.DataFrame, options: SimulateOptions) -> pd.DataFrame:

@@ -18,11 +18,13 @@ import pandas as pd
 from threadpoolctl import threadpool_limits
 
 from stepcal import __version__
+from stepcal.audit import run_label_audit, run_reconstruction
 from stepcal.datasets import (
     content_sha256,
     experiments,
     have_traces,
     load_requests,
+    load_stages,
     load_steps,
     load_xgboost_predictions,
     published_h1,
@@ -225,11 +227,24 @@ class StudyKind:
 
 RESCORED = "published_predictions"
 END_TO_END = "end_to_end"
+LABEL_AUDIT, RECONSTRUCTION = "label_audit", "reconstruction"
 STUDIES: dict[str, StudyKind] = {
     "h1": StudyKind(run_h1),
     "h2": StudyKind(run_h2),
     RESCORED: StudyKind(run_rescored, (load_xgboost_predictions,), simulates=False),
     END_TO_END: StudyKind(run_end_to_end, (load_steps, load_requests), simulates=False),
+    LABEL_AUDIT: StudyKind(
+        lambda steps, requests, predictions: run_label_audit(
+            steps, requests, predictions, experiments(), load_stages()
+        ),
+        (load_steps, load_requests, load_xgboost_predictions),
+        simulates=False,
+    ),
+    RECONSTRUCTION: StudyKind(
+        lambda steps, requests: run_reconstruction(steps, requests, experiments()),
+        (load_steps, load_requests),
+        simulates=False,
+    ),
 }
 """All studies by name."""
 

@@ -159,7 +159,7 @@ def test_an_overloaded_run_is_judged_by_its_completions_too() -> None:
         }
     )
     judged = judged_error_percent(errors, {"calm": False, "full": True})
-    np.testing.assert_array_equal(judged, [5.0, np.nan, 40.0, 30.0, np.nan])
+    np.testing.assert_array_equal(judged, [5.0, np.nan, 40.0, 30.0, 100.0])
 
 
 def test_failed_requests_do_not_count_as_latencies() -> None:

@@ -204,12 +204,12 @@ def read_workload(source: str | Path | Mapping[str, Any]) -> SharedPrefixWorkloa
         if name in _SHARED_PREFIX_FIELDS
     }
     for name in dict.fromkeys(_SHARED_PREFIX_FIELDS.values()):
-        fields = [field for field, ours in _SHARED_PREFIX_FIELDS.items() if ours == name]
+        aliases = [field for field, ours in _SHARED_PREFIX_FIELDS.items() if ours == name]
         if name not in lengths:
-            raise InputError(f"`data.shared_prefix` lacks {' or '.join(f'`{field}`' for field in fields)}.")
-        if sum(field in shared for field in fields) > 1:
+            raise InputError(f"`data.shared_prefix` lacks {' or '.join(f'`{field}`' for field in aliases)}.")
+        if sum(field in shared for field in aliases) > 1:
             raise InputError(
-                f"`data.shared_prefix` has {' and '.join(f'`{f}`' for f in fields)}: keep one, they are one."
+                f"`data.shared_prefix` has {' and '.join(f'`{f}`' for f in aliases)}: keep one, they are one."
             )
     timeout, stages = load.get("request_timeout"), load.get("stages") or ()
     if not isinstance(stages, Sequence) or not all(isinstance(stage, Mapping) for stage in stages):
