@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from stepcal.errors import InputError
+from stepcal.errors import InputError, NotModelledError
 from stepcal.locations import data_folder
 
 BYTES_PER_ELEMENT = {"float32": 4.0, "float16": 2.0, "bfloat16": 2.0, "fp8": 1.0, "int8": 1.0, "int4": 0.5}
@@ -355,12 +355,12 @@ def _mixture_fields(config: Mapping[str, Any], origin: str, layers: int) -> dict
 def _refuse_other_attention(config: Mapping[str, Any], origin: str, max_model_len: int | None) -> None:
     for key, kind in ATTENTION_NOT_MODELLED.items():
         if config.get(key):
-            raise InputError(
+            raise NotModelledError(
                 f"{origin} declares {kind} (`{key}`), which stepcal does not model. Use a model with full attention."
             )
     other = sorted(set(config.get("layer_types") or []) - FULL_ATTENTION_LAYERS - {"sliding_attention"})
     if other:
-        raise InputError(f"{origin} has layers of type {', '.join(other)}, which stepcal does not model.")
+        raise NotModelledError(f"{origin} has layers of type {', '.join(other)}, which stepcal does not model.")
     layers = config.get("layer_types")
     slides = "sliding_attention" in layers if layers else config.get("use_sliding_window", True)
     longest = max_model_len or int(config.get("max_position_embeddings", 4096))
@@ -368,7 +368,7 @@ def _refuse_other_attention(config: Mapping[str, Any], origin: str, max_model_le
     if config.get("attention_chunk_size"):
         window, key = config["attention_chunk_size"], "attention_chunk_size"
     if window and window < longest:
-        raise InputError(
+        raise NotModelledError(
             f"{origin} attends to {window} tokens at a time (`{key}`), below the context limit of {longest}, "
             f"which stepcal does not model. A server limited to `max_model_len` <= {window} never slides: pass that."
         )

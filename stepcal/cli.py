@@ -114,10 +114,14 @@ def fit(
 @app.command()
 @_reports_errors
 def verdict(
-    hypothesis: Annotated[str, typer.Argument(help="A pre-registered hypothesis: h1, h2 or h2_step.")],
+    hypothesis: Annotated[str, typer.Argument(help="A pre-registered hypothesis: h1, h2, h2_step, h1b, h2b or h3.")],
     experiments: Annotated[
         Path | None,
-        typer.Option("--experiments", help="Folder of experiments in the public layout. Default: STEPCAL_DATA."),
+        typer.Option(
+            "--experiments",
+            help="Folder of experiments in the public layout; for h3, of the new runs to judge. Default: STEPCAL_DATA; h3 "
+            "is not evaluated without one.",
+        ),
     ] = None,
     published: Annotated[
         bool, typer.Option("--published", help="Judge the study's published figures instead of our own.")
@@ -126,7 +130,8 @@ def verdict(
 ) -> None:
     """Judge a hypothesis by its frozen rules, with the evidence for each criterion.
 
-    Without traces the recorded evidence is judged, and the output says so. Example: stepcal verdict h2
+    Without traces the recorded evidence is judged, and the output says so. Examples: stepcal verdict h2;
+    stepcal verdict h3 --experiments my-runs
     """
     from stepcal.studies import verdict_of
 
@@ -155,7 +160,7 @@ def verdict(
     _emit(
         result,
         json_out,
-        f"{judged.report()}\n  Evidence: {provenance.kind}, content hash {provenance.data_sha256[:12]}.",
+        f"{judged.report()}\n  Evidence: {provenance.brief()}.",
     )
 
 
@@ -170,7 +175,7 @@ def simulate(
         int, typer.Option("--kv-blocks", help="KV blocks of the server, as vLLM logs them (num_gpu_blocks).")
     ],
     coefficients: Annotated[
-        str, typer.Option("--coefficients", help="global9, phase16, model36, or a coefficient file.")
+        str, typer.Option("--coefficients", help="default, global9, phase16, model36, or a coefficient file.")
     ],
     accelerator: Annotated[str, typer.Option("--accelerator", help="GPU, by name.")] = "h100-sxm",
     tp: Annotated[int, typer.Option("--tp", help="Tensor-parallel degree.")] = 1,
@@ -202,8 +207,14 @@ def simulate(
         float | None,
         typer.Option("--timeout-s", help="How long a client waits. Default: as the workload says."),
     ] = None,
-    api_before_us: Annotated[float, typer.Option("--api-before-us", help="Time from client to engine.")] = 0.0,
-    api_after_us: Annotated[float, typer.Option("--api-after-us", help="Time from engine to client.")] = 0.0,
+    api_before_us: Annotated[
+        float | None,
+        typer.Option("--api-before-us", help="Time from client to engine. Default: as the coefficients say, or 0."),
+    ] = None,
+    api_after_us: Annotated[
+        float | None,
+        typer.Option("--api-after-us", help="Time from engine to client. Default: as the coefficients say, or 0."),
+    ] = None,
     steps: Annotated[Path | None, typer.Option("--steps", help="Write the step table to this parquet file.")] = None,
     steps_fraction: Annotated[
         float, typer.Option("--steps-fraction", help="Share of steps to keep in it, drawn from the seed.")
@@ -214,7 +225,7 @@ def simulate(
     """Serve a workload as vLLM 0.15.1 would and report latencies, per load stage and overall.
 
     Example: stepcal simulate --architecture config.json --tp 2 --kv-blocks 26602 --workload profile.yaml
-    --coefficients model36 --json -
+    --coefficients default --json -
     """
     from tqdm import tqdm
 
@@ -265,8 +276,11 @@ def simulate(
 def evaluate(
     coefficients: Annotated[
         str,
-        typer.Option("--coefficients", help="global9, phase16, model36, or a file that `stepcal fit --json` wrote."),
-    ] = "model36",
+        typer.Option(
+            "--coefficients",
+            help="default (physical, frozen), global9, phase16, model36, or a file that `stepcal fit --json` wrote.",
+        ),
+    ] = "default",
     experiments: Annotated[
         Path | None,
         typer.Option("--experiments", help="Folder of your own experiments. Default: the 16 experiments of the study."),

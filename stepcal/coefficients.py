@@ -6,6 +6,7 @@ of variant ``affine`` gives the terms of an affine step time directly.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -20,9 +21,13 @@ from stepcal.clocks import Clock, baseline_clock, correction_clock
 from stepcal.corrections import CorrectionModel, Global9, Model36, Phase16
 from stepcal.errors import InputError
 from stepcal.hardware import Accelerator
+from stepcal.locations import data_folder
+from stepcal.physical import API_PARAMETERS, STEP_PARAMETERS, physical_clock
 from stepcal.recorded import read_recorded
 from stepcal.simulator import CompiledStepTime, ServerConfig
 
+DEFAULT = "default"
+"""The physical model as calibrated on 16 experiments, frozen in ``data/coefficients/``."""
 RECORDED_VARIANTS = ("global9", "phase16", "model36")
 """Variants whose fit to the public traces is recorded, so that their names are coefficients."""
 AFFINE = "affine"
@@ -64,12 +69,20 @@ class Coefficients:
         """
         if self.variant == AFFINE:
             return self._affine()
+        if self.variant == DEFAULT:
+            numbers = [self._value(p.name) for p in STEP_PARAMETERS]
+            return physical_clock(numbers, architecture, accelerator, server, tensor_parallel=tensor_parallel)
         if self.variant in _BASELINES:
             baseline = _BASELINES[self.variant](self, accelerator)
             return baseline_clock(baseline, architecture, accelerator, server, tensor_parallel=tensor_parallel)
         model = self._correction_model(accelerator)
         theta = np.array([self._value(p.name) for p in model.parameters])
         return correction_clock(model, theta, architecture, accelerator, server, tensor_parallel=tensor_parallel)
+
+    def api_overheads_us(self) -> dict[str, float]:
+        """Return the time between client and engine, as `stepcal.simulator.simulate` takes it; empty if none was learned."""
+        known = [p.name for p in API_PARAMETERS if p.name in self.values]
+        return {name: self.values[name] for name in known}
 
     def _correction_model(self, accelerator: Accelerator) -> CorrectionModel:
         if self.variant == "global9":
@@ -96,7 +109,9 @@ class Coefficients:
         if self.variant == AFFINE:
             self._affine()
             return self
-        if self.variant not in RECORDED_VARIANTS:
+        if self.variant == DEFAULT:
+            names = tuple(p.name for p in (*STEP_PARAMETERS, *API_PARAMETERS))
+        elif self.variant not in RECORDED_VARIANTS:
             names = _BASELINE_PARAMETERS[self.variant]
         elif self.variant == "phase16":
             names = tuple(p.name for p in Phase16(ridge=0.0).parameters)
@@ -132,7 +147,7 @@ def load_coefficients(name_or_path: str) -> Coefficients:
     Parameters
     ----------
     name_or_path : str
-        ``global9``, ``phase16`` or ``model36``, or the path of a JSON file with `variant` and `parameters`.
+        ``default``, ``global9``, ``phase16`` or ``model36``, or the path of a JSON file with `variant` and `parameters`.
 
     Returns
     -------
@@ -141,8 +156,10 @@ def load_coefficients(name_or_path: str) -> Coefficients:
     Raises
     ------
     InputError
-        If the name is unknown, or the file is not a coefficient file.
+        If the name is unknown, the file is not a coefficient file, or the default was changed since it was frozen.
     """
+    if name_or_path == DEFAULT:
+        return _frozen_default()
     if name_or_path in RECORDED_VARIANTS:
         table = read_recorded("h2").tables["parameters"]
         own = table[table["variant"] == name_or_path]
@@ -151,8 +168,25 @@ def load_coefficients(name_or_path: str) -> Coefficients:
     path = Path(name_or_path)
     if not path.is_file():
         raise InputError(
-            f"`{name_or_path}` is neither a file nor a set of coefficients. Recorded: {', '.join(RECORDED_VARIANTS)}. "
-            "`stepcal fit VARIANT --json FILE` writes a file."
+            f"`{name_or_path}` is neither a file nor a set of coefficients. Known: "
+            f"{', '.join((DEFAULT, *RECORDED_VARIANTS))}. `stepcal fit VARIANT --json FILE` writes a file."
+        )
+    return _read(path)
+
+
+def frozen_default_sha256() -> str:
+    """Return the SHA-256 under which ``data/coefficients/default.json`` was frozen."""
+    path = data_folder() / "coefficients" / "frozen.json"
+    return str(json.loads(path.read_text(encoding="utf-8"))["default.json"]["sha256"])
+
+
+def _frozen_default() -> Coefficients:
+    path = data_folder() / "coefficients" / "default.json"
+    digest, frozen = hashlib.sha256(path.read_bytes()).hexdigest(), frozen_default_sha256()
+    if digest != frozen:
+        raise InputError(
+            f"{path} was changed after it was frozen: SHA-256 is {digest}, frozen was {frozen}. Restore it, or give "
+            "changed coefficients as a file of another name."
         )
     return _read(path)
 
@@ -171,7 +205,7 @@ def _read(path: Path) -> Coefficients:
     twice = next((name for i, (name, _) in enumerate(pairs) if name in dict(pairs[:i])), None)
     if twice is not None:
         raise InputError(f"{path} has the parameter `{twice}` twice. Keep one of them.")
-    known = (AFFINE, *_BASELINES, *RECORDED_VARIANTS)
+    known = (DEFAULT, AFFINE, *_BASELINES, *RECORDED_VARIANTS)
     if variant not in known:
         raise InputError(
             f"{path} holds the variant `{variant}`, which cannot be read from a file. Known: {', '.join(known)}."

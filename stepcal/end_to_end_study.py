@@ -183,7 +183,7 @@ def _evaluate_one(
         )
     except InputError as error:
         return {**row, "predicted": None, **nothing, "reason": str(error)}
-    result = run_experiment(experiment, clock, process=process, seed=seed)
+    result = run_experiment(experiment, clock, process=process, seed=seed, **coefficients.api_overheads_us())
     table = compare(predicted_latencies(result, experiment.workload.output_len), known)
     errors = mean_errors(table.assign(experiment_id=experiment.experiment_id, variant="", arrivals=process))
     predicted = result.summary()

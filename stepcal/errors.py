@@ -15,5 +15,9 @@ class InputError(StepcalError, ValueError):
     """An argument, a file or a row that cannot be used. Nothing was computed and nothing was written."""
 
 
+class NotModelledError(InputError):
+    """A server or model that asks for what the simulator does not model. Its message names the setting."""
+
+
 class MissingDataError(StepcalError, FileNotFoundError):
     """A trace that is not shipped was not found. The message says where it was looked for and how to get it."""

@@ -7,7 +7,7 @@ of a model that does not ship.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from stepcal.datasets import read_lifecycle_summary
 from stepcal.datasets.build import OVERLOADED_BELOW_SHARE
 from stepcal.datasets.lifecycle import WHOLE_RUN
 from stepcal.end_to_end import CLIENT_TIMEOUT_S, Experiment, summary_latencies
-from stepcal.errors import InputError
+from stepcal.errors import InputError, NotModelledError
 from stepcal.hardware import load_accelerator
 from stepcal.simulator import ServerConfig, SharedPrefixWorkload, read_workload
 from stepcal.simulator.config import NOT_MODELLED
@@ -50,13 +50,57 @@ def read_experiment_folder(folder: Path, *, accelerator: str | None = None) -> l
     InputError
         If the folder holds no run, or a run lacks a file or a setting; the message names it.
     """
+    return [_read_run(run, folder, accelerator) for run in _runs(folder)]
+
+
+@dataclass(frozen=True)
+class RefusedRun:
+    """A run that asks for what the simulator does not model.
+
+    Attributes
+    ----------
+    experiment_id, reason : str
+    accelerator : str
+        Name of its GPU.
+    """
+
+    experiment_id: str
+    accelerator: str
+    reason: str
+
+
+def read_supported_runs(
+    folder: Path, *, accelerator: str | None = None
+) -> tuple[list[tuple[Experiment, pd.DataFrame]], list[RefusedRun]]:
+    """Read a folder as `read_experiment_folder` does, and list what the simulator refuses by name instead of failing.
+
+    Raises
+    ------
+    InputError
+        If the folder holds no run, or a run lacks a file or a setting: a slip is no refusal.
+    """
+    cases, refused = [], []
+    for run in _runs(folder):
+        try:
+            cases.append(_read_run(run, folder, accelerator))
+        except NotModelledError as error:
+            name = _accelerator_name(_yaml(run / "exp-config.yaml"), accelerator)
+            refused.append(RefusedRun(run.name, load_accelerator(name).name, str(error)))
+    return cases, refused
+
+
+def _runs(folder: Path) -> list[Path]:
     runs = sorted(path.parent for path in folder.glob("*/exp-config.yaml")) if folder.is_dir() else []
     if not runs:
         raise InputError(
             f"{folder} holds no experiments. It needs a folder for each run, with `exp-config.yaml`, `profile.yaml` and "
             "`results/*_lifecycle_metrics.json`."
         )
-    return [_read_run(run, folder, accelerator) for run in runs]
+    return runs
+
+
+def _accelerator_name(config: dict[str, Any], accelerator: str | None) -> str:
+    return str(config.get("gpu") or accelerator or DEFAULT_ACCELERATOR)
 
 
 def _read_run(run: Path, folder: Path, accelerator: str | None) -> tuple[Experiment, pd.DataFrame]:
@@ -71,7 +115,7 @@ def _read_run(run: Path, folder: Path, accelerator: str | None) -> tuple[Experim
     experiment = Experiment(
         experiment_id=run.name,
         architecture=_architecture(run, config),
-        accelerator=load_accelerator(str(config.get("gpu") or accelerator or DEFAULT_ACCELERATOR)),
+        accelerator=load_accelerator(_accelerator_name(config, accelerator)),
         tensor_parallel=_tensor_parallel(config, run),
         server=_server(run, folder, config),
         workload=workload,

@@ -2,7 +2,8 @@
 
 Logic has three values. A criterion is met, not met, or not evaluable; where units are missing, the engine asks whether any
 value of theirs could change the outcome. The verdict follows: all success criteria met is *Supported*, a refuted-if rule
-that holds is *Refuted*, neither is *Not supported*, and *Inconclusive* is what stays open.
+that holds is *Refuted*, neither is *Not supported*, and *Inconclusive* is what stays open. Rules about runs that are still
+to come read *Not evaluated* as long as there are none.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ SUPPORTED = "Supported"
 NOT_SUPPORTED = "Not supported"
 REFUTED = "Refuted"
 INCONCLUSIVE = "Inconclusive"
+NOT_EVALUATED = "Not evaluated"
 
 EVIDENCE_COLUMNS = ("quantity", "variant", "unit", "value")
 """Evidence has a row for each value; NaN, or no row, is not evaluable."""
@@ -125,6 +127,8 @@ def judge(preregistration: PreRegistration, evidence: pd.DataFrame) -> Verdict:
     supported = _all([r.met for r in results if r.role == "success"])
     refuted = _any([r.met for r in results if r.role == "refuted_if"])
     possible = _possible(supported, refuted)
+    if all(r.criterion.of is None and r.value is None for r in results):
+        return Verdict(preregistration, NOT_EVALUATED, possible, results)
     return Verdict(preregistration, possible[0] if len(possible) == 1 else INCONCLUSIVE, possible, results)
 
 
@@ -135,12 +139,12 @@ def _evaluate(criterion: Criterion, role: str, evidence: pd.DataFrame) -> Criter
         raise InputError(
             f"`evidence` has {criterion.quantity} of {criterion.variant} twice for `{twice.iloc[0]}`; give each unit once."
         )
-    if len(rows) > criterion.of:
+    if criterion.of is not None and len(rows) > criterion.of:
         raise InputError(
             f"`evidence` has {len(rows)} units for `{criterion.name}`, which speaks of {criterion.of} {criterion.unit}s."
         )
     known = rows["value"].dropna().to_numpy(dtype=float)
-    unknown = criterion.of - len(known)
+    unknown = (len(rows) if criterion.of is None else criterion.of) - len(known)
     sample = _sample(criterion, rows, len(known), unknown)
     if not len(known):
         return CriterionResult(criterion, role, None, None, sample)
@@ -148,12 +152,22 @@ def _evaluate(criterion: Criterion, role: str, evidence: pd.DataFrame) -> Criter
     if criterion.aggregate == "count":
         n = int(passes.sum())
         return CriterionResult(criterion, role, float(n), _count_outcome(criterion, n, unknown), f"{n} of {sample}")
+    if criterion.aggregate == "share":
+        n = int(passes.sum())
+        outcome = _share_outcome(criterion, n, len(known), unknown)
+        return CriterionResult(criterion, role, n / len(known), outcome, f"{n} of {sample}")
+    unit = next((u for ending, u in _UNITS.items() if criterion.quantity.endswith(ending)), "")
+    if criterion.aggregate == "max":
+        worst = rows.sort_values("value", na_position="first").iloc[-1]
+        # One unit that fails decides, whatever the missing ones are.
+        decided = bool(passes.all()) if unknown == 0 or not passes.all() else None
+        text = f"largest {worst['value']:+.1f}{unit} ({worst['unit']}) over {sample}"
+        return CriterionResult(criterion, role, float(known.max()), decided, text)
     mean = float(known.mean())
     size = np.abs(known) if criterion.aggregate == "absolute_mean" else known
     aggregate = abs(mean) if criterion.aggregate == "absolute_mean" else mean
     met = bool(_COMPARE[criterion.operator](np.array([aggregate]), criterion.threshold)[0]) if unknown == 0 else None
     alone = int(_COMPARE[criterion.operator](size, criterion.threshold).sum())
-    unit = next((u for ending, u in _UNITS.items() if criterion.quantity.endswith(ending)), "")
     bound = f"{criterion.operator} {criterion.threshold:g}{unit}"
     text = f"{mean:+.1f}{unit} over {sample}; {alone} of {len(known)} are {bound} alone"
     return CriterionResult(criterion, role, mean, met, text)
@@ -170,6 +184,22 @@ def _count_outcome(criterion: Criterion, n: int, unknown: int) -> bool | None:
     if n > criterion.at_most:
         return False
     return None if n + unknown > criterion.at_most else True
+
+
+def _share_outcome(criterion: Criterion, n: int, known: int, unknown: int) -> bool | None:
+    """Whether the bound on the share holds for every, no, or only some values of the missing units."""
+
+    def holds(passing: int) -> bool:
+        share = passing / (known + unknown)
+        if criterion.at_least_share is not None:
+            return share >= criterion.at_least_share
+        if criterion.above_share is None:
+            raise InputError(
+                f"The share `{criterion.name}` has neither `at_least_share` nor `above_share`. Give it one of them."
+            )
+        return share > criterion.above_share
+
+    return None if holds(n) != holds(n + unknown) else holds(n)
 
 
 def _sample(criterion: Criterion, rows: pd.DataFrame, known: int, unknown: int) -> str:

@@ -20,14 +20,14 @@ from stepcal.errors import InputError
 from stepcal.locations import book_folder
 
 OPERATORS = ("<", "<=", ">", ">=")
-AGGREGATES = ("count", "mean", "absolute_mean")
+AGGREGATES = ("count", "share", "mean", "absolute_mean", "max")
 _ROLES = ("success", "refuted_if", "choices")
 STATUSES = ("confirmatory", "post hoc")
 
 _CRITERION_SCHEMA: dict[str, Any] = {
     "type": "object",
     "additionalProperties": False,
-    "required": ["name", "statement", "quantity", "variant", "aggregate", "operator", "threshold", "of", "unit"],
+    "required": ["name", "statement", "quantity", "variant", "aggregate", "operator", "threshold", "unit"],
     "properties": {
         "name": {"type": "string"},
         "statement": {"type": "string"},
@@ -38,11 +38,21 @@ _CRITERION_SCHEMA: dict[str, Any] = {
         "threshold": {"type": "number"},
         "at_least": {"type": "integer", "minimum": 1},
         "at_most": {"type": "integer", "minimum": 0},
+        "at_least_share": {"type": "number", "exclusiveMinimum": 0, "maximum": 1},
+        "above_share": {"type": "number", "minimum": 0, "exclusiveMaximum": 1},
         "of": {"type": "integer", "minimum": 1},
         "unit": {"type": "string"},
     },
-    "if": {"properties": {"aggregate": {"const": "count"}}},
-    "then": {"oneOf": [{"required": ["at_least"]}, {"required": ["at_most"]}]},
+    "allOf": [
+        {
+            "if": {"properties": {"aggregate": {"const": "count"}}},
+            "then": {"required": ["of"], "oneOf": [{"required": ["at_least"]}, {"required": ["at_most"]}]},
+        },
+        {
+            "if": {"properties": {"aggregate": {"const": "share"}}},
+            "then": {"oneOf": [{"required": ["at_least_share"]}, {"required": ["above_share"]}]},
+        },
+    ],
 }
 SCHEMA: dict[str, Any] = {
     "type": "object",
@@ -98,14 +108,18 @@ class Criterion:
     quantity, variant : str
         Which rows of the evidence it looks at.
     aggregate : str
-        ``count`` counts the units that pass `operator` `threshold`; ``mean`` and ``absolute_mean`` compare their mean.
+        ``count`` and ``share`` count the units that pass `operator` `threshold`; ``mean``, ``absolute_mean`` and ``max``
+        compare the mean, its absolute value, or the largest.
     operator : str
     threshold : float
-    of : int
-        Units that the rule speaks of. Units without a value are not evaluable.
+    of : int or None
+        Units that the rule speaks of. Units without a value are not evaluable. None is as many as the evidence has rows:
+        a rule about runs that are still to come.
     unit : str
     at_least, at_most : int or None
         Bound of a count; exactly one of them.
+    at_least_share, above_share : float or None
+        Bound of a share, met from it on or only above it; exactly one of them.
     """
 
     name: str
@@ -115,10 +129,12 @@ class Criterion:
     aggregate: str
     operator: str
     threshold: float
-    of: int
+    of: int | None
     unit: str
     at_least: int | None = None
     at_most: int | None = None
+    at_least_share: float | None = None
+    above_share: float | None = None
 
 
 @dataclass(frozen=True)
@@ -194,7 +210,8 @@ def load_preregistration(hypothesis: str, folder: Path | None = None) -> PreRegi
     except jsonschema.ValidationError as error:
         raise InputError(f"{path} breaks the schema at `{error.json_path}`: {error.message}") from None
     rules: dict[str, Any] = {
-        key: tuple(Criterion(**c) for c in parsed.pop(key)) for key in ("success", "refuted_if", "choices")
+        key: tuple(Criterion(**{"of": None, **c}) for c in parsed.pop(key))
+        for key in ("success", "refuted_if", "choices")
     }
     readings = tuple(parsed.pop("readings"))
     return PreRegistration(**parsed, readings=readings, **rules, sha256=digest)

@@ -13,7 +13,8 @@ from myst_nb import glue
 from pandas.io.formats.style import Styler
 
 from stepcal.hypotheses import Verdict
-from stepcal.studies import MEASURED, SIMULATED, Provenance, Study
+from stepcal.provenance import MEASURED, SIMULATED, Provenance
+from stepcal.studies import Study
 
 WORDS = {
     "success": {True: "met", False: "not met", None: "not evaluable"},
@@ -104,7 +105,7 @@ def verdict_card(verdict: Verdict, provenance: Provenance) -> HTML:
         f'<table class="dataframe stepcal-table"><thead><tr><th>Criterion</th><th>Outcome</th><th>Evidence</th></tr></thead>'
         f"<tbody>{rows}</tbody></table>{possible}"
         f"<p class='fine-print'>Pre-registration {p.sha256[:12]}, frozen {p.frozen}, {p.status}. "
-        f"Evidence: {html.escape(provenance.kind)}, content hash {provenance.data_sha256[:12]}.</p></div>"
+        f"Evidence: {html.escape(provenance.brief())}.</p></div>"
     )
 
 

@@ -46,7 +46,7 @@ def record_all(data: Path | str | None = None, *, check: bool = False) -> list[s
         if check and not record_exists(name):
             lines.append(f"{name}: was never recorded")
             continue
-        study = load_study(name, data=data)
+        study = load_study(name, data=data, recompute=True)
         if check:
             lines += [f"{name}: {difference}" for difference in differences(study)]
         else:

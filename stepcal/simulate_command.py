@@ -49,8 +49,8 @@ class SimulateOptions:
     cv: float | None
     seed: int
     timeout_s: float | None
-    api_before_us: float
-    api_after_us: float
+    api_before_us: float | None
+    api_after_us: float | None
     steps: Path | None
     steps_fraction: float
 
@@ -66,20 +66,23 @@ def run_simulation(options: SimulateOptions, on_progress: Progress | None = None
     if options.steps is not None:
         refuse_unwritable(options.steps)
     architecture = resolve_architecture(options.architecture)
-    clock = load_coefficients(options.coefficients).clock(
+    coefficients = load_coefficients(options.coefficients)
+    clock = coefficients.clock(
         architecture,
         load_accelerator(options.accelerator),
         options.server,
         tensor_parallel=architecture.check_tensor_parallel(options.tensor_parallel),
     )
     requests, timeout_s, name = _requests(options)
+    learned = {"api_before_us": 0.0, "api_after_us": 0.0} | coefficients.api_overheads_us()
+    before_us, after_us = options.api_before_us, options.api_after_us
     result = simulate(
         requests,
         options.server,
         clock,
         timeout_s=timeout_s if options.timeout_s is None else options.timeout_s,
-        api_before_us=options.api_before_us,
-        api_after_us=options.api_after_us,
+        api_before_us=learned["api_before_us"] if before_us is None else before_us,
+        api_after_us=learned["api_after_us"] if after_us is None else after_us,
         record_steps=options.steps_fraction if options.steps else None,
         seed=options.seed,
         experiment_id=name,

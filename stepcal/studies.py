@@ -17,7 +17,7 @@ from typing import TypeVar
 import pandas as pd
 from threadpoolctl import threadpool_limits
 
-from stepcal import __version__
+from stepcal.attribution import run_attribution
 from stepcal.audit import run_label_audit, run_reconstruction
 from stepcal.datasets import (
     content_sha256,
@@ -49,13 +49,15 @@ from stepcal.hardware import load_accelerator
 from stepcal.hypotheses import Verdict, judge
 from stepcal.metrics import BOOTSTRAP_RESAMPLES
 from stepcal.preregistration import load_preregistration
+from stepcal.provenance import MEASURED, NO_EVIDENCE, RECORDED, SIMULATED, Provenance
 from stepcal.recorded import read_recorded, record_exists
+from stepcal.repair import run_repair
+from stepcal.repair_evidence import folder_sha256, h1b_evidence, h2b_evidence, h3_evidence, run_repair_evidence
 from stepcal.splits import STUDY_FRACTIONS, temporal_split
 from stepcal.variants import VARIANTS, fit_variant
 
 ACCELERATOR = "h100-sxm"
 """The GPU of all 16 experiments."""
-MEASURED, RECORDED, SIMULATED = "measured", "recorded", "simulated"
 SOURCES = (MEASURED, SIMULATED)
 BIAS_VARIANTS = ("blackbox", "xgboost", "global9", "model36")
 
@@ -64,44 +66,6 @@ SHARED_RESULTS = "STEPCAL_SHARED_RESULTS"
 
 T = TypeVar("T")
 Tables = dict[str, pd.DataFrame]
-
-
-@dataclass(frozen=True)
-class Provenance:
-    """Where a study's tables come from.
-
-    Attributes
-    ----------
-    kind : str
-        ``measured`` (computed now), ``recorded`` (computed earlier, from data that is not here) or ``simulated``.
-    data_sha256 : str
-        Content hash of the rows they were computed from.
-    n_rows, n_experiments : int
-        Rows (steps, requests, predictions) that went in.
-    recorded : str
-        Day of the recording, empty unless recorded.
-    version : str
-        Version of stepcal that computed them.
-    """
-
-    kind: str
-    data_sha256: str
-    n_rows: int
-    n_experiments: int
-    recorded: str = ""
-    version: str = __version__
-
-    def sentence(self) -> str:
-        """Return one sentence for a reader."""
-        size = f"{self.n_rows:,} rows of {self.n_experiments} experiments (content hash {self.data_sha256[:12]})"
-        if self.kind == SIMULATED:
-            return f"Simulated rows, drawn from a seed: {size}. They exercise the pipeline and enter no verdict."
-        if self.kind == RECORDED:
-            return (
-                f"Recorded on {self.recorded} with stepcal {self.version} from {size}; the traces are not at hand, so "
-                "nothing was recomputed."
-            )
-        return f"Computed from measured traces: {size}."
 
 
 @dataclass(frozen=True)
@@ -218,16 +182,21 @@ class StudyKind:
         Each takes the data folder and returns a table.
     simulates : bool
         Whether simulated step rows can take the place of the loaded ones.
+    costly : bool
+        Whether a recording of the very same data is read instead of computing anew; a test compares the two.
     """
 
     run: Callable[..., tuple[Tables, dict[str, str]]]
     loaders: tuple[Callable[[Path | str | None], pd.DataFrame], ...] = (load_steps,)
     simulates: bool = True
+    costly: bool = False
 
 
 RESCORED = "published_predictions"
 END_TO_END = "end_to_end"
 LABEL_AUDIT, RECONSTRUCTION = "label_audit", "reconstruction"
+ATTRIBUTION = "attribution"
+REPAIR, REPAIR_EVIDENCE = "repair", "repair_evidence"
 STUDIES: dict[str, StudyKind] = {
     "h1": StudyKind(run_h1),
     "h2": StudyKind(run_h2),
@@ -245,6 +214,18 @@ STUDIES: dict[str, StudyKind] = {
         (load_steps, load_requests),
         simulates=False,
     ),
+    ATTRIBUTION: StudyKind(run_attribution, (load_steps, load_requests), simulates=False),
+    REPAIR: StudyKind(
+        lambda steps, requests: run_repair(steps, requests, experiments()),
+        (load_steps, load_requests),
+        simulates=False,
+        costly=True,
+    ),
+    REPAIR_EVIDENCE: StudyKind(
+        lambda steps, requests: run_repair_evidence(steps, requests, experiments()),
+        (load_steps, load_requests),
+        simulates=False,
+    ),
 }
 """All studies by name."""
 
@@ -257,6 +238,7 @@ def load_study(
     source: str = MEASURED,
     data: Path | str | None = None,
     only_experiments: Sequence[str] = (),
+    recompute: bool = False,
     **options: object,
 ) -> Study:
     """Run a study on measured or simulated rows, or read its recording where the traces are missing.
@@ -271,6 +253,8 @@ def load_study(
         Folder of the public layout; defaults to `STEPCAL_DATA`.
     only_experiments : sequence of str
         Restrict the study to these; all by default.
+    recompute : bool
+        Compute a costly study anew although a recording of the same data is at hand.
     **options
         Passed to the study (`run_h1`, `run_h2`).
 
@@ -299,6 +283,10 @@ def load_study(
         return _recorded_study(name, bool(only_experiments or options))
     tables = [select_experiments(table, only_experiments) for table in tables]
     provenance = _provenance(source, tables)
+    if kind.costly and not (recompute or options or only_experiments) and record_exists(name):
+        recorded = _recorded_study(name, False)
+        if recorded.provenance.data_sha256 == provenance.data_sha256:
+            return recorded
     key = [name, source, provenance.data_sha256, sorted((k, repr(v)) for k, v in options.items())]
     results, texts = shared_result(key, lambda: kind.run(*tables, **options))
     return Study(name, results, provenance, texts)
@@ -347,9 +335,10 @@ def verdict_of(
     Parameters
     ----------
     hypothesis : str
-        ``h1``, ``h2`` or ``h2_step``.
+        ``h1``, ``h2``, ``h2_step``, ``h1b``, ``h2b`` or ``h3``.
     data : path, optional
-        Folder of the public layout; defaults to `STEPCAL_DATA`, and to the recorded evidence without it.
+        Folder of the public layout; defaults to `STEPCAL_DATA`, and to the recorded evidence without it. For ``h3`` a folder
+        of new experiments (`stepcal.experiment_folders`), without which it is not evaluated.
     published : bool
         Judge the published per-experiment figures instead of our own.
 
@@ -361,9 +350,16 @@ def verdict_of(
     Raises
     ------
     InputError
-        If the hypothesis is unknown or its pre-registration was changed.
+        If the hypothesis is unknown, its pre-registration was changed, or it has no published figures.
     """
     registered = load_preregistration(hypothesis)
+    if registered.id in _AFTER_REPAIR:
+        if published:
+            raise InputError(
+                f"`{registered.id}` is ours and has no published figures; `--published` knows h1, h2, h2_step. Leave it out."
+            )
+        evidence, provenance = _AFTER_REPAIR[registered.id](data)
+        return judge(registered, evidence), provenance
     if registered.id == "h1":
         if published:
             table = published_h1()
@@ -376,6 +372,34 @@ def verdict_of(
     study, end_to_end = load_study("h2", data=data), load_study(END_TO_END, data=data)
     evidence = h2_evidence(study["scores"], experiments()["experiment_id"], end_to_end["evidence"])
     return judge(registered, evidence), end_to_end.provenance
+
+
+def _h1b(data: Path | str | None) -> tuple[pd.DataFrame, Provenance]:
+    study = load_study(REPAIR_EVIDENCE, data=data)
+    return h1b_evidence(study["components"]), study.provenance
+
+
+def _h2b(data: Path | str | None) -> tuple[pd.DataFrame, Provenance]:
+    repair, more = load_study(REPAIR, data=data), load_study(REPAIR_EVIDENCE, data=data)
+    return h2b_evidence(repair["errors"], repair["folds"], more["intervals"]), repair.provenance
+
+
+def _h3(data: Path | str | None) -> tuple[pd.DataFrame, Provenance]:
+    """Judge new runs only: the folder of the calibration's traces (`STEPCAL_DATA`) has nothing to say here."""
+    folder = None if data is None else Path(data)
+    evidence = h3_evidence(folder, set(experiments()["experiment_id"]))
+    if folder is None:
+        return evidence, Provenance(NO_EVIDENCE, "", 0, 0)
+    n_runs = evidence["unit"].nunique()
+    return evidence, Provenance(MEASURED, folder_sha256(folder), n_runs, n_runs)
+
+
+_AFTER_REPAIR: dict[str, Callable[[Path | str | None], tuple[pd.DataFrame, Provenance]]] = {
+    "h1b": _h1b,
+    "h2b": _h2b,
+    "h3": _h3,
+}
+"""Evidence of the hypotheses after the repair."""
 
 
 def _provenance(kind: str, tables: Sequence[pd.DataFrame]) -> Provenance:

@@ -8,6 +8,8 @@ import yaml
 from typer.testing import CliRunner
 
 from stepcal.cli import app
+from stepcal.coefficients import load_coefficients
+from stepcal.locations import data_folder
 
 runner = CliRunner()
 SUMMARY = {"requests", "completed", "failed", "e2e_ms", "ttft_ms", "itl_ms", "tpot_ms", "requests_per_s"}
@@ -40,7 +42,7 @@ def check(result: dict) -> None:
 
 def test_with_traces_arrivals_are_replayed(traces_folder: Path, monkeypatch) -> None:
     monkeypatch.setenv("STEPCAL_DATA", str(traces_folder))
-    done = run("--json", "-")
+    done = run("--coefficients", "model36", "--json", "-")
     assert done.exit_code == 0, done.stderr
     result = json.loads(done.stdout)
     check(result)
@@ -51,6 +53,19 @@ def test_with_traces_arrivals_are_replayed(traces_folder: Path, monkeypatch) -> 
     assert [row["predicted"]["requests"] for row in evaluable] == [row["measured"]["requests"] for row in evaluable]
     assert "8 evaluable experiments below 10%" in done.stderr
     assert "not evaluable" in done.stderr
+
+
+def test_the_default_speaks_of_all_16(traces_folder: Path, monkeypatch) -> None:
+    monkeypatch.setenv("STEPCAL_DATA", str(traces_folder))
+    done = run("--json", "-")
+    assert done.exit_code == 0, done.stderr
+    result = json.loads(done.stdout)
+    check(result)
+    assert (result["coefficients"], result["arrivals"]) == ("default", "replayed")
+    assert [row["predicted"] is None for row in result["per_experiment"]] == [False] * 16
+    calm = [row for row in result["per_experiment"] if not row["overloaded"]]
+    assert len(calm) == 12
+    assert max(abs(row["e2e_error_percent"]) for row in calm) < 5
 
 
 @pytest.mark.usefixtures("no_traces")
@@ -139,6 +154,25 @@ def test_a_folder_of_others(others: Path) -> None:
     assert "failed 0 (measured 0)" in done.stderr
 
 
+def test_the_api_overheads_of_coefficients_reach_the_client(others: Path) -> None:
+    """The learned time between client and engine adds to TTFT and E2E alike, and leaves the time per token alone."""
+    content = json.loads((data_folder() / "coefficients" / "default.json").read_text())
+    number = next(p for p in content["parameters"] if p["name"] == "api_before_us")
+    means = []
+    for value in (number["value"], 0.001):
+        number["value"] = value
+        (others.parent / "mine.json").write_text(json.dumps(content))
+        done = run("--experiments", others, "--coefficients", others.parent / "mine.json", "--json", "-")
+        predicted = json.loads(done.stdout)["per_experiment"][0]["predicted"]
+        means.append({m: predicted[m]["mean"] for m in ("e2e_ms", "ttft_ms", "tpot_ms")})
+    frozen = load_coefficients("default").api_overheads_us()["api_before_us"] / 1e3
+    for metric, expected in (("e2e_ms", frozen), ("ttft_ms", frozen), ("tpot_ms", 0.0)):
+        assert means[0][metric] - means[1][metric] == pytest.approx(expected, abs=1e-3)
+    plain = json.loads(run("--experiments", others, "--json", "-").stdout)
+    assert plain["coefficients"] == "default"
+    assert plain["per_experiment"][0]["predicted"]["ttft_ms"]["mean"] == means[0]["ttft_ms"]
+
+
 def test_the_same_seed_gives_the_same_bytes(others: Path) -> None:
     outputs = [
         run("--experiments", others, "--coefficients", "global9", "--seed", seed, "--json", "-").stdout
@@ -180,7 +214,10 @@ def test_the_accelerator_is_an_option(others: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--coefficients", "model99"), "`model99` is neither a file nor a set of coefficients. Recorded: global9"),
+        (
+            ("--coefficients", "model99"),
+            "`model99` is neither a file nor a set of coefficients. Known: default, global9",
+        ),
         (("--experiments", "no such folder"), "holds no experiments"),
         (("--arrivals", "bursts"), "`process` is 'bursts'"),
         (("--arrivals", "replayed", "--experiments", "mine"), "cannot be replayed"),

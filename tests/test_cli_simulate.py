@@ -10,6 +10,7 @@ import yaml
 from typer.testing import CliRunner
 
 from stepcal.cli import app
+from stepcal.coefficients import load_coefficients
 from stepcal.datasets import read_requests_parquet, read_steps
 from stepcal.simulator import SimulationInterrupted
 
@@ -120,6 +121,21 @@ def test_the_example_of_the_command(form: dict) -> None:
     assert result["simulated_s"] > 19
     assert result["steps"] > 100
     assert "stage 1" in done.stderr and "steps" in done.stderr
+
+
+@pytest.mark.usefixtures("folder")
+def test_the_default_brings_its_api_overheads_unless_they_are_given() -> None:
+    def means(**changes: object) -> dict:
+        done = run(*example(coefficients="default", **changes))
+        assert done.exit_code == 0, done.stderr
+        overall = json.loads(done.stdout)["overall"]
+        return {name: overall[name]["mean"] for name in ("e2e_ms", "ttft_ms", "tpot_ms")}
+
+    learned = load_coefficients("default").api_overheads_us()["api_before_us"] / 1e3
+    default, none, after = means(), means(api_before_us=0), means(api_before_us=0, api_after_us=2_000)
+    for metric, expected in (("e2e_ms", learned), ("ttft_ms", learned), ("tpot_ms", 0.0)):
+        assert default[metric] - none[metric] == pytest.approx(expected, abs=1e-3)
+    assert after["e2e_ms"] - none["e2e_ms"] == pytest.approx(2.0, abs=1e-3)
 
 
 @pytest.mark.usefixtures("folder")

@@ -110,7 +110,9 @@ def test_a_baseline_file_of_several_experiments_is_refused(trace, tmp_path) -> N
 
 def test_the_trees_cannot_be_read_from_a_file(tmp_path) -> None:
     file = write(tmp_path, "xgboost", ("run-a.max_depth", 4.0))
-    with pytest.raises(InputError, match=r"`xgboost`, which cannot be read from a file\. Known: affine, blackbox"):
+    with pytest.raises(
+        InputError, match=r"`xgboost`, which cannot be read from a file\. Known: default, affine, blackbox"
+    ):
         load_coefficients(file)
 
 
@@ -133,7 +135,7 @@ NINE = {p.name: p.start for p in Global9().parameters}
 @pytest.mark.parametrize(
     ("variant", "parameters", "message"),
     [
-        ("spline", {"a": 1.0}, r"mine\.json holds the variant `spline`.*Known: affine"),
+        ("spline", {"a": 1.0}, r"mine\.json holds the variant `spline`.*Known: default, affine"),
         ("affine", {"constant": 1.0}, r"mine\.json: unknown term `constant`\. Terms: constant_us, tokens_us"),
         ("affine", {"constant_us": -3.0}, "`constant_us` is -3.0.*`floor_us`"),
         ("affine", {"constant_us": float("nan")}, r"mine\.json: `constant_us` is nan; coefficients are finite"),
@@ -181,7 +183,7 @@ def test_a_file_that_is_no_text_is_refused(tmp_path) -> None:
 
 @pytest.mark.parametrize("name", ["model37", "", "no/such/file.json"])
 def test_an_unknown_name_lists_the_recorded_ones(name: str) -> None:
-    with pytest.raises(InputError, match=r"neither a file nor a set of coefficients\. Recorded: global9, phase16, mod"):
+    with pytest.raises(InputError, match=r"neither a file nor a set of coefficients\. Known: default, global9, ph"):
         load_coefficients(name)
 
 

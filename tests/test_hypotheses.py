@@ -295,3 +295,26 @@ def test_learning_a_missing_value_of_h2_never_overturns_its_verdict(values, n_mi
     before = judge(rules, h2_evidence([*values[: 16 - n_missing], *[np.nan] * n_missing], [1.0] * 16))
     after = judge(rules, h2_evidence(values, [1.0] * 16))
     assert after.verdict in before.possible
+
+
+def test_a_rule_about_runs_to_come_reads_not_evaluated_until_there_are_some():
+    import pandas as pd
+
+    from stepcal.hypotheses import NOT_EVALUATED, NOT_SUPPORTED, REFUTED, SUPPORTED, judge
+    from stepcal.preregistration import load_preregistration
+
+    h3 = load_preregistration("h3")
+    columns = ["quantity", "variant", "unit", "value"]
+    assert judge(h3, pd.DataFrame(columns=columns)).verdict == NOT_EVALUATED
+
+    def verdict(h100, other):
+        rows = []
+        for i, error in enumerate(h100):
+            rows += [("e2e_error_percent", "default_h100", f"run {i}", abs(error))]
+            rows += [("mspe_percent", "default_h100", f"run {i}", error)]
+        rows += [("e2e_error_percent", v, "run", other) for v in ("default_a100", "default_l40s")]
+        return judge(h3, pd.DataFrame(rows, columns=columns)).verdict
+
+    assert verdict([1.0, -2.0, 3.0, -4.0, 11.0], 19.0) == SUPPORTED
+    assert verdict([1.0, -2.0, 3.0, -4.0, 11.0], 21.0) == NOT_SUPPORTED
+    assert verdict([1.0, -2.0, 13.0, -12.0, 11.0], 19.0) == REFUTED

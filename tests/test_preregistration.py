@@ -106,9 +106,9 @@ def test_a_lowered_threshold_is_refused(copy):
 
 
 def test_a_file_that_was_never_frozen_is_refused(copy):
-    shutil.copy(copy / "h1.yaml", copy / "h3.yaml")
-    with pytest.raises(InputError, match=r"h3\.yaml was never frozen"):
-        load_preregistration("h3", copy)
+    shutil.copy(copy / "h1.yaml", copy / "h99.yaml")
+    with pytest.raises(InputError, match=r"h99\.yaml was never frozen"):
+        load_preregistration("h99", copy)
 
 
 def test_without_a_record_nothing_is_frozen(copy):
@@ -118,7 +118,7 @@ def test_without_a_record_nothing_is_frozen(copy):
 
 
 def test_an_unknown_hypothesis_is_refused_with_the_known_ones():
-    with pytest.raises(InputError, match=r"Unknown hypothesis `h99`\. Pre-registered: h1, h2, h2_step"):
+    with pytest.raises(InputError, match=r"Unknown hypothesis `h99`\. Pre-registered: h1, h1b, h2, h2_step, h2b, h3"):
         load_preregistration("h99")
 
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from stepcal.errors import InputError
+from stepcal.errors import InputError, NotModelledError
 
 MODELLED_VLLM_VERSION = "0.15.1"
 
@@ -96,8 +96,10 @@ class ServerConfig:
 
         Raises
         ------
+        NotModelledError
+            If an argument asks for something that is not modelled.
         InputError
-            If an argument asks for something that is not modelled, or is unknown.
+            If an argument is unknown.
         """
         known = {field.name for field in fields(cls)}
         values: dict[str, Any] = {}
@@ -105,7 +107,7 @@ class ServerConfig:
             if name in NOT_MODELLED:
                 neutral, what = NOT_MODELLED[name]
                 if value is not None and value != neutral:
-                    raise InputError(
+                    raise NotModelledError(
                         f"`{name}: {value}` asks for what the simulator does not model: {what}. "
                         f"It models vLLM {MODELLED_VLLM_VERSION} with `{name}: {neutral}`."
                     )
