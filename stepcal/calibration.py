@@ -1,4 +1,4 @@
-"""Learns the physical model's numbers where the truth is: from decode intervals, simulated latencies, or both.
+"""Learns the physical model's numbers where the truth is: from decode intervals, from simulated latencies, or both.
 
 Every level minimises ``sum((log predicted - log measured)^2 / sigma^2) + sum((log theta - log prior)^2 / tau^2)`` over
 the logarithms of the numbers, on the first 60% of each experiment's arrivals; requests in flight at the boundary are
@@ -19,14 +19,12 @@ from threadpoolctl import threadpool_limits
 from stepcal.end_to_end import Experiment
 from stepcal.errors import InputError
 from stepcal.physical import (
-    API_PARAMETERS,
-    STEP_PARAMETERS,
     PhysicalFeatures,
     PhysicalModel,
-    PhysicalParameter,
     physical_clock,
     physical_features,
 )
+from stepcal.physical_parameters import API_PARAMETERS, STEP_PARAMETERS, PhysicalParameter
 from stepcal.simulator import RequestList, simulate
 from stepcal.splits import STUDY_FRACTIONS
 

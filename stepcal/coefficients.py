@@ -22,7 +22,8 @@ from stepcal.corrections import CorrectionModel, Global9, Model36, Phase16
 from stepcal.errors import InputError
 from stepcal.hardware import Accelerator
 from stepcal.locations import data_folder
-from stepcal.physical import API_PARAMETERS, STEP_PARAMETERS, physical_clock
+from stepcal.physical import physical_clock
+from stepcal.physical_parameters import API_PARAMETERS, STEP_PARAMETERS
 from stepcal.recorded import read_recorded
 from stepcal.simulator import CompiledStepTime, ServerConfig
 

@@ -17,7 +17,7 @@ from stepcal.datasets import experiments, measured, peers, published_blis
 from stepcal.datasets.lifecycle import WHOLE_RUN
 from stepcal.errors import InputError
 from stepcal.metrics import PERCENT
-from stepcal.physical import API_PARAMETERS, STEP_PARAMETERS
+from stepcal.physical_parameters import API_PARAMETERS, STEP_PARAMETERS
 
 OURS = "ours: default, in sample"
 OURS_LEFT_OUT = "ours: model left out"

@@ -19,7 +19,8 @@ from threadpoolctl import threadpool_limits
 
 from stepcal.end_to_end import Experiment, load_experiments
 from stepcal.metrics import CONFIDENCE, PERCENT, mape_percent
-from stepcal.physical import STEP_PARAMETERS, PhysicalFeatures, PhysicalModel, physical_clock, physical_features
+from stepcal.physical import PhysicalFeatures, PhysicalModel, physical_clock, physical_features
+from stepcal.physical_parameters import STEP_PARAMETERS
 from stepcal.simulator import SimulationResult, simulate
 
 FloatArray = NDArray[np.float64]

@@ -1,9 +1,9 @@
 """Step time from bytes and FLOPs: what a batch reads from memory, computes and sends, with nine learned numbers on top.
 
 ``step = max(GPU, host)``, and ``GPU = max(f_w weights, GEMM FLOPs) + f_kv KV + prefill attention + layers (t_layer +
-t_mixture + t_mixed) + collectives (t_coll log2 TP + f_net bytes) + t_request requests + t_queue W / (W + slots)``.
-Bytes over the datasheet's bandwidth are a floor, so the factors `f` are at least 1. Everything is per rank; heads
-replicate where ranks outnumber them.
+t_mixture + t_mixed) + collectives (t_coll log2 TP + f_net bytes) + t_request requests + t_queue W / (W + slots)``. Bytes
+over the datasheet's bandwidth are a floor, so the factors `f` are at least 1. Everything is per rank; heads replicate where
+ranks outnumber them.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 from stepcal.architecture import ModelArchitecture
 from stepcal.errors import InputError
 from stepcal.hardware import Accelerator
+from stepcal.physical_parameters import STEP_PARAMETERS, PhysicalParameter
 from stepcal.simulator import CompiledStepTime, ServerConfig, StepBatch
 
 FloatArray = NDArray[np.float64]
@@ -38,130 +39,6 @@ LONGEST_QUEUE = 20_000
 """Requests beyond which a longer queue costs no more; the term has saturated long before."""
 QUEUE_REFERENCE_KV_BYTES = 131_072
 """KV bytes a token and model (all ranks) for which `queue_us` is quoted: Mixtral 8x7B."""
-
-
-@dataclass(frozen=True)
-class PhysicalParameter:
-    """A learned number with its prior, which is log-normal around `start`.
-
-    Attributes
-    ----------
-    name, unit : str
-    start : float
-        Prior median, and where a fit starts.
-    low, high : float
-        Bounds of the search.
-    prior_log_sd : float
-        Standard deviation of the prior in the logarithm.
-    source : str
-        Where prior and bounds come from.
-    """
-
-    name: str
-    unit: str
-    start: float
-    low: float
-    high: float
-    prior_log_sd: float
-    source: str
-
-
-STEP_PARAMETERS = (
-    PhysicalParameter(
-        "weight_read_factor",
-        "1",
-        1.10,
-        1.0,
-        2.0,
-        0.06,
-        "bound: datasheet bandwidth; prior: long streaming kernels reach 0.87-0.94 of it (kernels/mha/decode, > 300 us)",
-    ),
-    PhysicalParameter(
-        "kv_read_factor",
-        "1",
-        1.16,
-        1.0,
-        2.0,
-        0.05,
-        "bound: datasheet bandwidth; prior: 0.86 +- 0.035 of it up to 4,096 tokens of context (kernels/mha/decode)",
-    ),
-    PhysicalParameter(
-        "layer_us",
-        "us",
-        50.0,
-        1.0,
-        300.0,
-        0.4,
-        "prior: about ten kernels a layer at 2-3 us of fill and drain, one attention kernel at 20 us (benchmark floors)",
-    ),
-    PhysicalParameter(
-        "mixture_layer_us",
-        "us",
-        30.0,
-        0.1,
-        500.0,
-        0.7,
-        "prior: router, top-k, alignment and the second grouped GEMM add about five kernels",
-    ),
-    PhysicalParameter(
-        "collective_us",
-        "us",
-        6.0,
-        0.1,
-        100.0,
-        0.5,
-        "prior: latency of a small all-reduce over NVLink, 5-15 us, grows with log2 of the ranks",
-    ),
-    PhysicalParameter(
-        "collective_bytes_factor",
-        "1",
-        1.5,
-        1.0,
-        20.0,
-        0.5,
-        "bound: datasheet bandwidth, one direction; prior: 60-70% of it at best",
-    ),
-    PhysicalParameter(
-        "request_us",
-        "us",
-        10.0,
-        0.1,
-        300.0,
-        0.7,
-        "prior: sampling, input preparation and output per request; schedule() alone takes 8.5 us on a CPU",
-    ),
-    PhysicalParameter(
-        "mixed_layer_us",
-        "us",
-        8.0,
-        0.1,
-        200.0,
-        0.6,
-        "prior: steps with prefill replay piecewise CUDA graphs and launch attention by hand, a few launches a layer",
-    ),
-    PhysicalParameter(
-        "queue_us",
-        "us",
-        3_000.0,
-        1.0,
-        50_000.0,
-        1.0,
-        "prior: 3-9 us a waiting request, seen when these runs were explored; cause unknown, shape empirical",
-    ),
-)
-"""The nine numbers of the step time, the same for every model."""
-API_PARAMETERS = (
-    PhysicalParameter(
-        "api_before_us",
-        "us",
-        6_000.0,
-        10.0,
-        100_000.0,
-        0.5,
-        "prior: TTFT exceeds 2.5 steps by 6-10 ms (HTTP, tokenisation, first stream event)",
-    ),
-)
-"""Numbers around the engine. The way in and the way out cannot be told apart by TTFT and E2E, so one number holds both."""
 
 
 @dataclass(frozen=True)

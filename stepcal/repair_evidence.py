@@ -25,7 +25,8 @@ from stepcal.end_to_end_study import evaluate
 from stepcal.evaluation import FEWEST_STEPS_FOR_R, POOLED
 from stepcal.experiment_folders import read_supported_runs
 from stepcal.metrics import PERCENT, pearson_r
-from stepcal.physical import STEP_PARAMETERS, PhysicalModel
+from stepcal.physical import PhysicalModel
+from stepcal.physical_parameters import STEP_PARAMETERS
 from stepcal.reconstruction import build_timeline, request_lives
 from stepcal.reconstruction_checks import estimate_offset_us
 from stepcal.repair import frozen_theta

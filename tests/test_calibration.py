@@ -35,12 +35,12 @@ from stepcal.simulator import LoadStage, simulate
 from stepcal.transfer import LEAVE_OUT, errors_by_run, evaluate, folds, parameter_table, request_scores, singular_values
 
 PLANTED = np.array([1.1, 1.2, 40.0, 45.0, 5.0, 1.8, 14.0, 6.0, 4_000.0, 7_000.0])
-SECONDS = 60.0
+SECONDS = 400.0
 
 
 def simulated(experiment, theta):
     """The experiment, shortened, with what a simulation of it measures in place of what clients did."""
-    stages = tuple(LoadStage(s.rate_per_s, SECONDS) for s in experiment.workload.stages)
+    stages = tuple(LoadStage(s.rate, SECONDS) for s in experiment.workload.stages)
     experiment = replace(experiment, workload=replace(experiment.workload, stages=stages))
     requests = experiment.workload.requests("poisson", seed=3)
     clock = physical_clock(
@@ -86,20 +86,21 @@ def fitted(planted):
 
 def test_at_the_truth_nothing_is_left(planted):
     runs, _ = planted
-    assert np.abs(workload_residuals(runs, PLANTED)[0]).max() < 1e-3
+    assert np.abs(workload_residuals(runs, PLANTED)[0]).max() < 0.01  # sigmas; arrivals are rounded to microseconds
 
 
 def test_planted_numbers_come_back(fitted):
     found = dict(zip([p.name for p in PARAMETERS], fitted.theta / PLANTED, strict=True))
-    for name in ("weight_read_factor", "kv_read_factor", "layer_us", "request_us", "api_before_us"):
-        assert found[name] == pytest.approx(1.0, abs=0.15), name
+    for name, ratio in found.items():
+        if name not in ("mixed_layer_us", "queue_us"):  # few prompts and no queue: their priors hold them
+            assert ratio == pytest.approx(1.0, abs=0.05), name
     assert fitted.level == "joint"
 
 
 def test_latencies_of_planted_runs_come_back(planted, fitted):
     runs, _ = planted
     errors = errors_by_run(evaluate(runs, fitted.theta, "default"), runs, "whole")
-    assert errors["e2e_error_percent"].abs().max() < 1.0
+    assert errors["e2e_error_percent"].abs().max() < 0.3
 
 
 def test_the_same_input_gives_the_same_numbers(planted):
@@ -135,7 +136,7 @@ def test_what_an_interval_and_a_singular_value_say(fitted):
     known = table[table["identified"]]
     assert (known["low"] <= known["value"]).all()
     assert (known["value"] <= known["high"]).all()
-    assert not table.set_index("name").loc["queue_us", "identified"]  # nothing queues in these runs
+    assert {"weight_read_factor", "kv_read_factor", "layer_us"} <= set(known["name"])
     assert draws.shape[1] == len(PARAMETERS)
     assert singular_values(fitted)["singular_value"].is_monotonic_decreasing
     assert rank_next_experiments(fitted)["gain_nats"].is_monotonic_decreasing

@@ -1,6 +1,6 @@
 """Physics holds for any transformer, and the gradient is the derivative."""
 
-import itertools
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -11,7 +11,6 @@ from stepcal.architecture import ModelArchitecture, load_architecture
 from stepcal.errors import InputError
 from stepcal.hardware import load_accelerator
 from stepcal.physical import (
-    STEP_PARAMETERS,
     PhysicalModel,
     batch_features,
     checked_theta,
@@ -24,6 +23,7 @@ from stepcal.physical import (
     queue_share,
     weight_bytes,
 )
+from stepcal.physical_parameters import API_PARAMETERS, STEP_PARAMETERS
 from stepcal.simulator import ServerConfig, StepBatch
 
 H100 = load_accelerator("h100-sxm")
@@ -102,7 +102,7 @@ def test_weights_and_flops_of_a_rank_fall_with_tensor_parallelism(architecture, 
     degrees = architecture.tensor_parallel_degrees()
     for function in (weight_bytes, gemm_flops):
         of_rank = [function(tokens, architecture, tensor_parallel=tp)[0] for tp in degrees]
-        assert all(a > b for a, b in itertools.pairwise(of_rank))
+        assert all(a > b for a, b in pairwise(of_rank))
 
 
 def test_collectives_and_replicated_heads_are_charged():
@@ -174,8 +174,6 @@ def test_the_queue_saturates():
 
 
 def test_at_most_nine_numbers_make_the_step_and_three_the_api():
-    from stepcal.physical import API_PARAMETERS
-
     assert len(STEP_PARAMETERS) <= 9
     assert len(API_PARAMETERS) <= 3
     for p in (*STEP_PARAMETERS, *API_PARAMETERS):
