@@ -243,15 +243,16 @@ def load_architecture(name: str) -> ModelArchitecture:
     return table[name]
 
 
-def resolve_architecture(name_or_path: str) -> ModelArchitecture:
+def resolve_architecture(name_or_path: str, *, max_model_len: int | None = None) -> ModelArchitecture:
     """Return a shipped architecture by name, or read the ``config.json`` at a path.
 
     A file with the dimensions of a shipped model is that model, whatever it is called: fitted families go by its name.
+    A sliding window at least as long as `max_model_len`, the server's context limit, never slides, and is accepted.
     """
     if not (name_or_path.endswith(".json") or Path(name_or_path).is_file()):
         return load_architecture(name_or_path)
     try:
-        read = ModelArchitecture.from_config(name_or_path)
+        read = ModelArchitecture.from_config(name_or_path, max_model_len=max_model_len)
     except InputError:
         raise
     except (TypeError, ValueError, AttributeError, ZeroDivisionError) as error:

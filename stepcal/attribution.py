@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from scipy.optimize import nnls
 
 from stepcal.audit import stage_starts_ns
-from stepcal.calibration import EFFECTIVE_REQUESTS, N_STEP, RequestLevel, calibrate, request_level
+from stepcal.calibration import N_STEP, calibrate
 from stepcal.datasets import experiments as load_runs
 from stepcal.datasets import load_stages
 from stepcal.decomposition import study_components_us
@@ -25,6 +25,7 @@ from stepcal.metrics import mape_percent, mspe_percent
 from stepcal.physical import PhysicalFeatures, PhysicalModel
 from stepcal.reconstruction import build_timeline, decode_intervals, request_lives
 from stepcal.reconstruction_checks import estimate_offset_us
+from stepcal.request_level import EFFECTIVE_REQUESTS, RequestLevel, request_level
 from stepcal.step_level import LABELS, labelled_steps, step_features
 
 FloatArray = NDArray[np.float64]
@@ -256,7 +257,7 @@ def predict_all(data: LabelledRows, actual_us: FloatArray, chosen: BoolArray) ->
         CONSTANT: np.full(len(actual_us), np.median(actual_us[chosen])),
         BLACKBOX: line @ black,
         COMPONENTS: _nonnegative(np.hstack([one, data.components_us]), actual_us, chosen),
-        TERMS: _nonnegative(data.features.linear, actual_us, chosen),
+        TERMS: _nonnegative(data.features.terms, actual_us, chosen),
     }
     level = RequestLevel(
         data.rows[chosen].assign(interval_us=actual_us[chosen]).reset_index(drop=True), data.features.rows(chosen)

@@ -13,7 +13,7 @@ from stepcal.plots import PALETTE, US_PER_MS, WIDE, _finished, _legend_outside, 
 US_PER_S = 1e6
 POOLED = "pooled"
 CONTENDED_FACTOR = 3.0
-"""Times a run's smallest label a request above which a bin is left out: threads compete there, and its scale is another."""
+"""Times a run's smallest label a request above which a bin is left out: the offload pool is full there."""
 
 
 def label_and_interval(by_running: pd.DataFrame) -> Figure:

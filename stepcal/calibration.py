@@ -7,26 +7,22 @@ dropped. `sigma` is what the model is expected to miss, not the noise of a mean 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-import pandas as pd
 from numpy.typing import NDArray
 from scipy.optimize import least_squares
 from threadpoolctl import threadpool_limits
 
 from stepcal.end_to_end import Experiment
 from stepcal.errors import InputError
-from stepcal.physical import (
-    PhysicalFeatures,
-    PhysicalModel,
-    physical_clock,
-    physical_features,
-)
+from stepcal.physical import PhysicalModel, physical_clock
 from stepcal.physical_parameters import API_PARAMETERS, STEP_PARAMETERS, PhysicalParameter
-from stepcal.simulator import RequestList, simulate
+from stepcal.request_level import RequestLevel
+from stepcal.simulator import CompiledStepTime, RequestList, simulate
 from stepcal.splits import STUDY_FRACTIONS
+from stepcal.threads import each
 
 FloatArray = NDArray[np.float64]
 BoolArray = NDArray[np.bool_]
@@ -48,20 +44,6 @@ DIFFERENCE_STEP = 4e-3
 """Step of finite differences in the logarithm: well above the jitter of single requests changing batches."""
 CONVERGED = 1e-3
 MAX_EVALUATIONS = 12
-EFFECTIVE_REQUESTS = 400
-"""Rows an experiment contributes to a request-level fit: a systematic sample; neighbours share their batch anyway."""
-
-
-@dataclass(frozen=True)
-class RequestLevel:
-    """Decode intervals of some experiments and the features of their mean steps, in order of experiment and arrival."""
-
-    rows: pd.DataFrame
-    features: PhysicalFeatures
-
-    def subset(self, mask: BoolArray) -> RequestLevel:
-        """Return some of the requests."""
-        return RequestLevel(self.rows[mask].reset_index(drop=True), self.features.rows(mask))
 
 
 @dataclass(frozen=True)
@@ -112,59 +94,6 @@ class Calibration:
         return {p.name: float(v) for p, v in zip(self.parameters, self.theta, strict=True)}
 
 
-def request_level(intervals: pd.DataFrame, experiments: Sequence[Experiment]) -> RequestLevel:
-    """Build the features of each request's mean step.
-
-    Parameters
-    ----------
-    intervals : DataFrame
-        Of `stepcal.reconstruction.decode_intervals`.
-    experiments : sequence of Experiment
-
-    Returns
-    -------
-    RequestLevel
-    """
-    rows, parts = [], []
-    for experiment in experiments:
-        own = intervals[intervals["experiment_id"] == experiment.experiment_id]
-        requests = experiment.arrivals("replayed")
-        stage_of = pd.Series(np.asarray(requests.stage), index=np.asarray(requests.index))
-        prefill = own["prefill_tokens"].to_numpy(dtype=float)
-        parts.append(
-            physical_features(
-                experiment.architecture,
-                experiment.accelerator,
-                tensor_parallel=experiment.tensor_parallel,
-                decode_requests=own["batch"].to_numpy(dtype=float),
-                kv_tokens=own["kv_tokens"].to_numpy(dtype=float),
-                prefill_tokens=prefill,
-                prefill_requests=own["prefill_requests"].to_numpy(dtype=float),
-                prefill_kv_tokens=own["prefill_requests"].to_numpy(dtype=float)
-                * own["prompt_tokens"].to_numpy(dtype=float),
-                waiting=own["waiting"].to_numpy(dtype=float),
-                max_num_seqs=experiment.server.max_num_seqs,
-            )
-        )
-        rows.append(
-            own.assign(
-                overloaded=experiment.overloaded,
-                model=experiment.architecture.name,
-                stage=stage_of.reindex(own["index"]).to_numpy(),
-            )
-        )
-    return RequestLevel(pd.concat(rows, ignore_index=True), PhysicalFeatures.joined(parts))
-
-
-def training_rows(level: RequestLevel) -> RequestLevel:
-    """Return the training requests, thinned evenly to `EFFECTIVE_REQUESTS` an experiment."""
-    train = level.rows["split"].to_numpy() == "train"
-    keep = np.zeros(len(train), dtype=bool)
-    for _, own in level.rows[train].groupby("experiment_id", sort=False):
-        keep[own.index[:: max(1, len(own) // EFFECTIVE_REQUESTS)]] = True
-    return level.subset(keep)
-
-
 def prepare_runs(experiments: Sequence[Experiment]) -> list[Run]:
     """Lay out the replayed requests of experiments and take the targets of their training part.
 
@@ -203,14 +132,22 @@ def _prepare(experiment: Experiment) -> Run:
 
 def run_latencies_s(run: Run, theta: FloatArray) -> tuple[FloatArray, FloatArray]:
     """Simulate a run; return each request's E2E latency and TTFT in seconds, NaN where it did not complete."""
+    return _latencies_s(run, _clock(run, theta), theta)
+
+
+def _clock(run: Run, theta: FloatArray) -> CompiledStepTime:
     experiment = run.experiment
-    clock = physical_clock(
+    return physical_clock(
         theta[:N_STEP],
         experiment.architecture,
         experiment.accelerator,
         experiment.server,
         tensor_parallel=experiment.tensor_parallel,
     )
+
+
+def _latencies_s(run: Run, clock: CompiledStepTime, theta: FloatArray) -> tuple[FloatArray, FloatArray]:
+    experiment = run.experiment
     result = simulate(
         run.requests,
         experiment.server,
@@ -236,20 +173,80 @@ def stage_means(run: Run, target: Target, e2e: FloatArray, ttft: FloatArray) -> 
     }
 
 
-def workload_residuals(runs: Sequence[Run], theta: FloatArray) -> tuple[FloatArray, list[str]]:
-    """Whitened log errors of every stage mean, and the experiment of each."""
-    residuals, labels = [], []
-    for run in runs:
-        e2e, ttft = run_latencies_s(run, theta)
-        sigmas = SIGMA_OVERLOADED if run.experiment.overloaded else SIGMA_LATENCY
-        for target in run.targets:
-            means = stage_means(run, target, e2e, ttft)
-            for name, sigma in sigmas.items():
-                known = means.get(name, 0.0) > 0
-                error = np.log(means[name] / target.values[name]) / sigma if known else MISSING_RESIDUAL
-                residuals.append(float(error))
-                labels.append(run.experiment.experiment_id)
-    return soft(np.array(residuals)), labels
+def workload_residuals(runs: Sequence[Run], theta: FloatArray, *, workers: int = 1) -> tuple[FloatArray, list[str]]:
+    """Whitened log errors of every stage mean, and the experiment of each.
+
+    Parameters
+    ----------
+    runs : sequence of Run
+    theta : ndarray, shape (n_parameters,)
+        In the order of `PARAMETERS`.
+    workers : int
+        Threads that simulate; their number changes no bit of the result.
+
+    Returns
+    -------
+    residuals : ndarray, shape (n_residuals,)
+    labels : list of str
+    """
+    parts = each(lambda run: _run_residuals(run, *run_latencies_s(run, theta)), runs, workers=workers)
+    labels = [run.experiment.experiment_id for run, own in zip(runs, parts, strict=True) for _ in own]
+    return np.concatenate([np.zeros(0), *parts]), labels
+
+
+def _run_residuals(run: Run, e2e: FloatArray, ttft: FloatArray) -> FloatArray:
+    sigmas = SIGMA_OVERLOADED if run.experiment.overloaded else SIGMA_LATENCY
+    residuals = []
+    for target in run.targets:
+        means = stage_means(run, target, e2e, ttft)
+        for name, sigma in sigmas.items():
+            known = means.get(name, 0.0) > 0
+            error = np.log(means[name] / target.values[name]) / sigma if known else MISSING_RESIDUAL
+            residuals.append(float(error))
+    return soft(np.array(residuals))
+
+
+def workload_jacobian(
+    runs: Sequence[Run], log_theta: FloatArray, *, residuals: FloatArray | None = None, workers: int = 1
+) -> FloatArray:
+    """Forward differences of `workload_residuals` by ``log(theta)``; the step is wide enough for what a simulation jitters.
+
+    A run is simulated anew only for the numbers that change its step time or its API overhead: no collectives without
+    tensor parallelism, no mixture layers in a dense model.
+
+    Parameters
+    ----------
+    runs : sequence of Run
+    log_theta : ndarray, shape (n_parameters,)
+        Logarithms of the numbers, in the order of `PARAMETERS`.
+    residuals : ndarray, shape (n_residuals,), optional
+        Those at the same place, where they are known already.
+    workers : int
+        Threads that simulate; their number changes no bit of the result.
+
+    Returns
+    -------
+    ndarray, shape (n_residuals, n_parameters)
+    """
+    theta = np.exp(log_theta)
+    base = workload_residuals(runs, theta, workers=workers)[0] if residuals is None else residuals
+    sizes = [len(r.targets) * len(SIGMA_OVERLOADED if r.experiment.overloaded else SIGMA_LATENCY) for r in runs]
+    ends = np.cumsum([0, *sizes])
+    clocks = [_clock(run, theta) for run in runs]
+
+    def difference(job: tuple[int, int]) -> FloatArray:
+        i, j = job
+        moved = np.exp(log_theta + DIFFERENCE_STEP * (np.arange(theta.size) == j))
+        clock = _clock(runs[i], moved)
+        if clock.same_as(clocks[i]) and np.array_equal(moved[N_STEP:], theta[N_STEP:]):
+            return np.zeros(sizes[i])
+        there = _run_residuals(runs[i], *_latencies_s(runs[i], clock, moved))
+        return (there - base[ends[i] : ends[i + 1]]) / DIFFERENCE_STEP
+
+    jobs = [(i, j) for j in range(theta.size) for i in range(len(runs))]
+    parts = each(difference, jobs, workers=workers)
+    columns = [parts[j * len(runs) : (j + 1) * len(runs)] for j in range(theta.size)]
+    return np.column_stack([np.concatenate([np.zeros(0), *column]) for column in columns])
 
 
 def interval_residuals(level: RequestLevel, theta: FloatArray) -> FloatArray:
@@ -302,6 +299,7 @@ def calibrate(
     level: RequestLevel | None = None,
     start: FloatArray | None = None,
     max_evaluations: int = MAX_EVALUATIONS,
+    workers: int = 1,
 ) -> Calibration:
     """Fit the numbers at the request level, the workload level, or jointly.
 
@@ -314,7 +312,9 @@ def calibrate(
     start : ndarray, optional
         Defaults to the priors.
     max_evaluations : int
-        Of residuals and Jacobian together; a workload-level Jacobian takes one pass of all runs a number.
+        Of residuals and Jacobian together; a workload-level Jacobian takes one pass of the runs that it touches a number.
+    workers : int
+        Threads that simulate; their number changes no bit of the result. Leave it at 1 where processes fit side by side.
 
     Returns
     -------
@@ -330,12 +330,17 @@ def calibrate(
     priors = np.log([p.start for p in PARAMETERS])
     scale = np.array([p.prior_log_sd for p in PARAMETERS])
     labels: list[str] = []
+    known: dict[
+        bytes, FloatArray
+    ] = {}  # the optimiser asks for residuals and then for their Jacobian at the same place
 
     def residuals(x: FloatArray) -> FloatArray:
         theta, parts = np.exp(x), []
         labels.clear()
+        known.clear()
         if runs:
-            errors, names = workload_residuals(runs, theta)
+            errors, names = workload_residuals(runs, theta, workers=workers)
+            known[x.tobytes()] = errors
             parts.append(errors)
             labels.extend(names)
         if level is not None:
@@ -344,7 +349,7 @@ def calibrate(
         return np.concatenate([*parts, (x - priors) / scale])
 
     def jacobian(x: FloatArray) -> FloatArray:
-        parts = [_differences(lambda t: workload_residuals(runs, t)[0], x)] if runs else []
+        parts = [workload_jacobian(runs, x, residuals=known.get(x.tobytes()), workers=workers)] if runs else []
         if level is not None:
             parts.append(interval_jacobian(level, np.exp(x)))
         return np.vstack([*parts, np.diag(1.0 / scale)])
@@ -367,14 +372,3 @@ def calibrate(
     final = residuals(solution.x)
     name = "joint" if runs and level is not None else "workload" if runs else "request"
     return Calibration(np.exp(solution.x), final, solution.jac, tuple(labels), int(solution.nfev), name)
-
-
-def _differences(function: Callable[[FloatArray], FloatArray], x: FloatArray) -> FloatArray:
-    """Forward differences by the logarithm; the step is wide enough for what a simulation jitters."""
-    base = function(np.exp(x))
-    columns = []
-    for j in range(x.size):
-        step = np.zeros(x.size)
-        step[j] = DIFFERENCE_STEP
-        columns.append((function(np.exp(x + step)) - base) / DIFFERENCE_STEP)
-    return np.column_stack(columns)

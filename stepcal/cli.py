@@ -126,6 +126,10 @@ def verdict(
     published: Annotated[
         bool, typer.Option("--published", help="Judge the study's published figures instead of our own.")
     ] = False,
+    accelerator: Annotated[
+        str | None,
+        typer.Option("--accelerator", help="For h3: GPU of runs that do not name one. Default: as in `evaluate`."),
+    ] = None,
     json_out: Json = None,
 ) -> None:
     """Judge a hypothesis by its frozen rules, with the evidence for each criterion.
@@ -135,7 +139,7 @@ def verdict(
     """
     from stepcal.studies import verdict_of
 
-    judged, provenance = verdict_of(hypothesis, data=experiments, published=published)
+    judged, provenance = verdict_of(hypothesis, data=experiments, published=published, accelerator=accelerator)
     result = {
         "hypothesis": judged.preregistration.id,
         "verdict": judged.verdict,
@@ -143,6 +147,7 @@ def verdict(
         "status": judged.preregistration.status,
         "preregistration_sha256": judged.preregistration.sha256,
         "evidence_from": provenance.kind,
+        "notes": list(judged.notes),
         "data_sha256": provenance.data_sha256,
         "criteria": [
             {
@@ -290,7 +295,14 @@ def evaluate(
         typer.Option("--arrivals", help="replayed, poisson or constant. Default: replayed where requests are at hand."),
     ] = None,
     accelerator: Annotated[
-        str | None, typer.Option("--accelerator", help="GPU of experiments that do not name one. Default: h100-sxm.")
+        str | None,
+        typer.Option(
+            "--accelerator", help="GPU of experiments that do not name one. Default: as in the run's name, or h100-sxm."
+        ),
+    ] = None,
+    kv_offloading_gib: Annotated[
+        float | None,
+        typer.Option("--kv-offloading-gib", help="`kv_offloading_size` of experiments that do not say. Default: none."),
     ] = None,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of generated arrivals.")] = 0,
     json_out: Json = None,
@@ -309,16 +321,14 @@ def evaluate(
         refuse_unwritable(Path(json_out))
     fitted = load_coefficients(coefficients)
     if experiments is not None:
-        cases = read_experiment_folder(experiments, accelerator=accelerator)
-        process = arrivals or "poisson"
+        cases = read_experiment_folder(experiments, accelerator=accelerator, kv_offloading_gib=kv_offloading_gib)
     else:
         at_hand = have_traces()
         cases = [(e, measured_latencies(e)) for e in load_experiments(load_requests() if at_hand else None)]
-        process = arrivals or ("replayed" if at_hand else "poisson")
-    result = evaluate_cases(fitted, cases, process=process, seed=seed)
-    result = {"coefficients": coefficients, "arrivals": process, **result}
-    lines = [f"{coefficients}, {process} arrivals: signed error of the mean over completed requests (%)"]
-    lines += [_evaluation_line(row) for row in result["per_experiment"]]
+    result = {"coefficients": coefficients, **evaluate_cases(fitted, cases, process=arrivals, seed=seed)}
+    lines = [f"{coefficients}, {result['arrivals']} arrivals: signed error of the mean over completed requests (%)"]
+    lines += [_evaluation_line(row, result["arrivals"]) for row in result["per_experiment"]]
+    lines += _note_lines(result["per_experiment"])
     evaluable = [row for row in result["per_experiment"] if row["e2e_error_percent"] is not None]
     if evaluable:
         lines.append(
@@ -328,7 +338,7 @@ def evaluate(
     _emit(result, json_out, "\n".join(lines))
 
 
-def _evaluation_line(row: dict[str, Any]) -> str:
+def _evaluation_line(row: dict[str, Any], arrivals: str) -> str:
     if row["e2e_error_percent"] is None:
         return f"  {row['experiment_id']}: not evaluable. {row.get('reason', 'No request completed.')}"
     errors = ", ".join(
@@ -336,7 +346,21 @@ def _evaluation_line(row: dict[str, Any]) -> str:
         for label, key in (("E2E", "e2e_error_percent"), ("TTFT", "ttft_error_percent"), ("TPOT", "tpot_error_percent"))
     )
     failed = f"failed {row['predicted']['failed']:,} (measured {row['measured']['failed']:,})"
-    return f"  {row['experiment_id']}: {errors}; {failed}"
+    return f"  {row['experiment_id']}: {errors}; {failed}" + (
+        "" if row["arrivals"] == arrivals else f"; {row['arrivals']}"
+    )
+
+
+def _note_lines(rows: list[dict[str, Any]]) -> list[str]:
+    """One line a note, with the experiments that it is about, or their number."""
+    about: dict[str, list[str]] = {}
+    for row in rows:
+        for note in row["notes"]:
+            about.setdefault(note, []).append(row["experiment_id"])
+    few = 3
+    return [
+        f"  Note: {note} ({', '.join(n) if len(n) <= few else f'{len(n)} experiments'})" for note, n in about.items()
+    ]
 
 
 @app.command()

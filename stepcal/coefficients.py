@@ -1,7 +1,7 @@
 """Coefficient files: a fitted step-time model as JSON, by name or by path, ready to drive a simulator.
 
 ``stepcal fit VARIANT --json FILE`` writes one. The recorded fits of the study's variants go by their names, and a file
-of variant ``affine`` gives the terms of an affine step time directly.
+of variant ``affine`` gives the terms of an affine step time directly (`combine` says whether host and GPU overlap).
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,8 @@ DEFAULT = "default"
 RECORDED_VARIANTS = ("global9", "phase16", "model36")
 """Variants whose fit to the public traces is recorded, so that their names are coefficients."""
 AFFINE = "affine"
+SUM = "sum"
+COMBINATIONS = (SUM, "max")
 AFFINE_TERMS = tuple(f.name for f in fields(CompiledStepTime) if f.name not in ("batch_us", "combine"))
 """Parameters of an ``affine`` file; see `stepcal.simulator.CompiledStepTime`."""
 
@@ -47,11 +49,14 @@ class Coefficients:
         Value of each parameter by name.
     origin : str
         The file or recording it was read from.
+    combine : str
+        Of an ``affine`` step time, whether host and GPU take turns (``sum``) or overlap (``max``).
     """
 
     variant: str
     values: dict[str, float]
     origin: str
+    combine: str = SUM
 
     def clock(
         self,
@@ -80,6 +85,31 @@ class Coefficients:
         theta = np.array([self._value(p.name) for p in model.parameters])
         return correction_clock(model, theta, architecture, accelerator, server, tensor_parallel=tensor_parallel)
 
+    def of_experiment(self, experiment_id: str) -> Coefficients:
+        """Return the coefficients of one experiment: of a baseline that was fitted to several, its own; else the same.
+
+        Raises
+        ------
+        InputError
+            If the baseline was fitted to several experiments, and not to this one.
+        """
+        known = self._experiments()
+        if len(known) < 2:
+            return self
+        if experiment_id not in known:
+            raise InputError(
+                f"{self.origin} holds `{self.variant}` of {', '.join(known)}; it says nothing of `{experiment_id}`. "
+                f"`stepcal fit {self.variant} --experiment {experiment_id} --json FILE` fits it."
+            )
+        own = {key: value for key, value in self.values.items() if key.startswith(f"{experiment_id}.")}
+        return replace(self, values=own)
+
+    def _experiments(self) -> tuple[str, ...]:
+        """Experiments of a baseline whose parameters bear them in front."""
+        names = _BASELINE_PARAMETERS.get(self.variant, ())
+        fronts = (key.removesuffix(f".{name}") for name in names for key in self.values if key.endswith(f".{name}"))
+        return tuple(dict.fromkeys(fronts))
+
     def api_overheads_us(self) -> dict[str, float]:
         """Return the time between client and engine, as `stepcal.simulator.simulate` takes it; empty if none was learned."""
         known = [p.name for p in API_PARAMETERS if p.name in self.values]
@@ -97,7 +127,7 @@ class Coefficients:
         unknown = sorted(set(self.values) - set(AFFINE_TERMS))
         if unknown:
             raise InputError(f"{self.origin}: unknown term `{unknown[0]}`. Terms: {', '.join(AFFINE_TERMS)}.")
-        return CompiledStepTime(**dict[str, Any](self.values))
+        return CompiledStepTime(**dict[str, Any](self.values), combine=self.combine)
 
     def check(self) -> Coefficients:
         """Return these coefficients if every parameter of the variant is there, once.
@@ -105,8 +135,18 @@ class Coefficients:
         Raises
         ------
         InputError
-            If one is missing, ambiguous, (of an affine step time) unknown or (a utilisation) not positive; it is named.
+            If one is missing, (of an affine step time) unknown or (a utilisation) not positive; it is named.
         """
+        if self.combine not in COMBINATIONS or (self.combine != SUM and self.variant != AFFINE):
+            raise InputError(
+                f"{self.origin}: `combine` is {self.combine!r} for the variant `{self.variant}`. An `{AFFINE}` step time "
+                f"has {' or '.join(COMBINATIONS)}, others have none."
+            )
+        several = self._experiments()
+        if len(several) > 1:
+            for name in several:
+                self.of_experiment(name).check()
+            return self
         if self.variant == AFFINE:
             self._affine()
             return self
@@ -136,8 +176,8 @@ class Coefficients:
                     f"{self.origin} lacks `{name}`. `stepcal fit {self.variant} --json FILE` writes all parameters."
                 )
             raise InputError(
-                f"{self.origin} has {len(found)} experiments with `{name}`. Fit `{self.variant}` to one experiment "
-                "(`--experiment ID`)."
+                f"{self.origin} has {len(found)} experiments with `{name}`. Fit `{self.variant}` to one experiment, or say "
+                "which one is meant (`--experiment ID`)."
             )
         return found[0]
 
@@ -195,9 +235,9 @@ def _frozen_default() -> Coefficients:
 def _read(path: Path) -> Coefficients:
     try:
         content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        variant = str(content["variant"])
+        variant, combine = str(content["variant"]), str(content.get("combine", SUM))
         pairs = [(str(p["name"]), float(p["value"])) for p in content["parameters"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(
             f"{path} is not a coefficient file ({type(error).__name__}: {error}). It is JSON with `variant` and "
             "`parameters`, a list of objects with `name` and `value`."
@@ -214,7 +254,7 @@ def _read(path: Path) -> Coefficients:
     bad = next((name for name, value in values.items() if not np.isfinite(value)), None)
     if bad is not None:
         raise InputError(f"{path}: `{bad}` is {values[bad]}; coefficients are finite numbers.")
-    return Coefficients(variant, values, str(path)).check()
+    return Coefficients(variant, values, str(path), combine).check()
 
 
 _BASELINE_PARAMETERS: dict[str, tuple[str, ...]] = {

@@ -20,6 +20,7 @@ from stepcal.corrections import Model36
 from stepcal.end_to_end import (
     LATENCIES,
     TEST,
+    US_PER_S,
     WHOLE,
     Experiment,
     compare,
@@ -31,11 +32,13 @@ from stepcal.end_to_end import (
     pace_clock,
     predicted_latencies,
     run_experiment,
+    served_per_s,
     training_mean,
 )
 from stepcal.errors import InputError
 from stepcal.evidence import NO_FEATURES
 from stepcal.hardware import Accelerator, load_accelerator
+from stepcal.simulator import SimulationResult
 from stepcal.splits import Split, temporal_split
 from stepcal.variants import FittedVariant, fit_variant
 
@@ -138,7 +141,7 @@ def evaluate(
     coefficients: Coefficients,
     cases: list[tuple[Experiment, pd.DataFrame]],
     *,
-    process: str = "replayed",
+    process: str | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
     """Simulate experiments with given coefficients and put the result beside what was measured, ready for JSON.
@@ -148,20 +151,32 @@ def evaluate(
     coefficients : Coefficients
     cases : list of (Experiment, DataFrame)
         The second is what was measured, as `stepcal.end_to_end.latency_table` gives it.
-    process : str
-        ``replayed`` where measured requests are at hand, or a process that generates arrivals.
+    process : str, optional
+        ``replayed``, or a process that generates arrivals; by default replayed where measured requests are at hand, else
+        Poisson.
     seed : int
 
     Returns
     -------
     dict
-        `per_experiment`, `mean_abs_e2e_error_percent`, `n_below_10_percent`, `mspe_percent`. An experiment that the
-        coefficients say nothing about has null predictions and a `reason`.
+        `arrivals` (``mixed`` where experiments differ), `per_experiment`, `mean_abs_e2e_error_percent`,
+        `n_below_10_percent`, `mspe_percent`. Each experiment has its own `arrivals`, and `notes` on what was assumed of it.
+        One that the coefficients say nothing about has null predictions and a `reason`.
+
+    Raises
+    ------
+    InputError
+        If requests cannot be replayed or served; the experiment is named.
     """
-    rows = [_evaluate_one(coefficients, experiment, known, process, seed) for experiment, known in cases]
+    rows = [
+        _evaluate_one(coefficients, experiment, known, process or experiment.default_process, seed)
+        for experiment, known in cases
+    ]
+    arrivals = {row["arrivals"] for row in rows}
     signed = [row["e2e_error_percent"] for row in rows if row["e2e_error_percent"] is not None]
     judged = [row["judged_error_percent"] for row in rows if row["judged_error_percent"] is not None]
     return {
+        "arrivals": arrivals.pop() if len(arrivals) == 1 else "mixed",
         "per_experiment": rows,
         "mean_abs_e2e_error_percent": float(np.mean(np.abs(signed))) if signed else None,
         "n_below_10_percent": sum(error < BELOW_PERCENT for error in judged),
@@ -172,10 +187,15 @@ def evaluate(
 def _evaluate_one(
     coefficients: Coefficients, experiment: Experiment, known: pd.DataFrame, process: str, seed: int
 ) -> dict[str, Any]:
-    row: dict[str, Any] = {"experiment_id": experiment.experiment_id, "measured": latency_summary(known, WHOLE)}
+    row: dict[str, Any] = {
+        "experiment_id": experiment.experiment_id,
+        "arrivals": process,
+        "notes": list(experiment.notes),
+    }
+    row |= {"measured": latency_summary(known, WHOLE)}
     nothing = dict.fromkeys([*(f"{m}_error_percent" for m in LATENCIES), "judged_error_percent"])
     try:
-        clock = coefficients.clock(
+        clock = coefficients.of_experiment(experiment.experiment_id).clock(
             experiment.architecture,
             experiment.accelerator,
             experiment.server,
@@ -183,10 +203,14 @@ def _evaluate_one(
         )
     except InputError as error:
         return {**row, "predicted": None, **nothing, "reason": str(error)}
-    result = run_experiment(experiment, clock, process=process, seed=seed, **coefficients.api_overheads_us())
+    try:
+        result = run_experiment(experiment, clock, process=process, seed=seed, **coefficients.api_overheads_us())
+    except InputError as error:
+        raise type(error)(f"{experiment.experiment_id}: {error}") from None
     table = compare(predicted_latencies(result, experiment.workload.output_len), known)
     errors = mean_errors(table.assign(experiment_id=experiment.experiment_id, variant="", arrivals=process))
     predicted = result.summary()
+    predicted["overall"]["requests_per_s"] = _served_per_s(result, experiment.workload.timeout_s)
     row |= {"predicted": predicted["overall"], "predicted_stages": predicted["stages"]}
     row |= {"overloaded": experiment.overloaded}
     if errors.empty:
@@ -194,6 +218,13 @@ def _evaluate_one(
     judged = judged_error_percent(errors, {experiment.experiment_id: experiment.overloaded}).iloc[0]
     found = {f"{m}_error_percent": _number(errors[f"{m}_error_percent"].iloc[0]) for m in LATENCIES}
     return {**row, **found, "judged_error_percent": _number(judged)}
+
+
+def _served_per_s(result: SimulationResult, timeout_s: float) -> float | None:
+    """Completed requests per second, counted as the measured ones are."""
+    sent, e2e = result.sent_us / US_PER_S, result.e2e_us() / US_PER_S
+    done = ~np.isnan(e2e)
+    return served_per_s(sent, sent + np.where(done, e2e, timeout_s), done)
 
 
 def _number(value: float) -> float | None:

@@ -75,12 +75,15 @@ class Verdict:
     possible : tuple of str
         Verdicts that values for the missing units could still lead to; one, unless inconclusive.
     criteria : tuple of CriterionResult
+    notes : tuple of str
+        What the evidence says of its units, a unit each.
     """
 
     preregistration: PreRegistration
     verdict: str
     possible: tuple[str, ...]
     criteria: tuple[CriterionResult, ...]
+    notes: tuple[str, ...] = ()
 
     def report(self) -> str:
         """Return the verdict as text: a line a criterion."""
@@ -97,6 +100,7 @@ class Verdict:
             lines.append(f"  {label:<{width}}  {words[r.role][r.met]:<14} {r.evidence}")
         if self.verdict == INCONCLUSIVE:
             lines.append(f"  The missing values could still make it: {', '.join(self.possible)}.")
+        lines += [f"  {note}." for note in self.notes]
         return "\n".join(lines)
 
 
@@ -107,7 +111,8 @@ def judge(preregistration: PreRegistration, evidence: pd.DataFrame) -> Verdict:
     ----------
     preregistration : PreRegistration
     evidence : DataFrame
-        Columns `quantity`, `variant`, `unit`, `value`; an optional `reason` says why a value is NaN.
+        Columns `quantity`, `variant`, `unit`, `value`; an optional `reason` says why a value is NaN, and an optional
+        `note` what a reader should know of a unit.
 
     Returns
     -------
@@ -127,9 +132,17 @@ def judge(preregistration: PreRegistration, evidence: pd.DataFrame) -> Verdict:
     supported = _all([r.met for r in results if r.role == "success"])
     refuted = _any([r.met for r in results if r.role == "refuted_if"])
     possible = _possible(supported, refuted)
+    verdict = possible[0] if len(possible) == 1 else INCONCLUSIVE
     if all(r.criterion.of is None and r.value is None for r in results):
-        return Verdict(preregistration, NOT_EVALUATED, possible, results)
-    return Verdict(preregistration, possible[0] if len(possible) == 1 else INCONCLUSIVE, possible, results)
+        verdict = NOT_EVALUATED
+    return Verdict(preregistration, verdict, possible, results, _notes(evidence))
+
+
+def _notes(evidence: pd.DataFrame) -> tuple[str, ...]:
+    if "note" not in evidence:
+        return ()
+    noted = evidence[evidence["note"].fillna("") != ""].drop_duplicates(["unit", "note"])
+    return tuple(f"{unit}: {note}" for unit, note in zip(noted["unit"], noted["note"], strict=True))
 
 
 def _evaluate(criterion: Criterion, role: str, evidence: pd.DataFrame) -> CriterionResult:

@@ -33,22 +33,22 @@ class PhysicalParameter:
 
 STEP_PARAMETERS = (
     PhysicalParameter(
-        "weight_read_factor",
+        "hbm_read_factor",
         "1",
-        1.10,
-        1.0,
-        2.0,
-        0.06,
-        "bound: datasheet bandwidth; prior: long streaming kernels reach 0.87-0.94 of it (kernels/mha/decode, > 300 us)",
-    ),
-    PhysicalParameter(
-        "kv_read_factor",
-        "1",
-        1.16,
+        1.12,
         1.0,
         2.0,
         0.05,
-        "bound: datasheet bandwidth; prior: 0.86 +- 0.035 of it up to 4,096 tokens of context (kernels/mha/decode)",
+        "bound: datasheet bandwidth; prior: long streaming kernels reach 0.86-0.94 of it (kernels/mha/decode, > 300 us)",
+    ),
+    PhysicalParameter(
+        "kv_block_ns",
+        "ns",
+        2.0,
+        0.05,
+        50.0,
+        1.0,
+        "prior: 1-2 ns a KV block beyond its bytes (kernels/mha/decode, grouped queries, 128 requests), laid out in order",
     ),
     PhysicalParameter(
         "layer_us",
@@ -75,7 +75,7 @@ STEP_PARAMETERS = (
         0.1,
         100.0,
         0.5,
-        "prior: latency of a small all-reduce over NVLink, 5-15 us, grows with log2 of the ranks",
+        "prior: a stage of a small all-reduce over NVLink, 4-10 us; one or two stages by the size of the message",
     ),
     PhysicalParameter(
         "collective_bytes_factor",
@@ -105,13 +105,13 @@ STEP_PARAMETERS = (
         "prior: steps with prefill replay piecewise CUDA graphs and launch attention by hand, a few launches a layer",
     ),
     PhysicalParameter(
-        "queue_us",
+        "offload_scan_us",
         "us",
-        3_000.0,
+        0.085,
+        0.005,
         1.0,
-        50_000.0,
-        1.0,
-        "prior: 3-9 us a waiting request up to some hundred; the cause is not known, the shape is empirical",
+        0.3,
+        "prior: a block's share of a scan of the pool in vLLM 0.15.1's prepare_store(), timed on a CPU (our timing)",
     ),
 )
 """The nine numbers of the step time, the same for every model."""

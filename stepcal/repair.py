@@ -8,18 +8,20 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pandas as pd
 
-from stepcal.calibration import PARAMETERS, Calibration, prepare_runs, request_level, training_rows
+from stepcal.calibration import PARAMETERS, Calibration, prepare_runs
 from stepcal.coefficients import DEFAULT, load_coefficients
 from stepcal.end_to_end import load_experiments
 from stepcal.next_experiments import rank_next_experiments
 from stepcal.reconstruction import decode_intervals
-from stepcal.step_level import labelled_steps, step_scores
+from stepcal.request_level import request_level, training_rows
+from stepcal.step_level import labelled_steps, rebuilt_steps, step_scores
 from stepcal.transfer import (
     baseline,
     cross_validate,
     e2e_intervals,
     errors_by_run,
     evaluate,
+    first_requests,
     fit_joint,
     parameter_table,
     request_scores,
@@ -55,7 +57,7 @@ def run_repair(
     stage_starts_ns : mapping, optional
         See `stepcal.labels.step_intervals`.
     workers : int
-        Processes for the folds.
+        Threads of the calibration, then processes for the folds.
     seed : int
         Of the bootstrap.
 
@@ -63,14 +65,15 @@ def run_repair(
     -------
     tables : dict
         ``parameters``, ``singular_values``, ``errors`` (means by run, variant and split), ``percentiles``, ``requests``
-        (decode intervals), ``steps``, ``folds``, ``fold_values``, ``e2e_intervals``, ``next_experiments``.
+        (decode intervals), ``first_requests``, ``steps``, ``folds``, ``fold_values``, ``e2e_intervals``,
+        ``next_experiments``.
     texts : dict
         ``reproduced``: the largest relative difference between the frozen numbers and those calibrated now.
     """
     experiments = load_experiments(requests)
     level = request_level(decode_intervals(requests, runs_table), experiments)
     runs = prepare_runs(experiments)
-    fitted = fit_joint(runs, training_rows(level))
+    fitted = fit_joint(runs, training_rows(level), workers=workers)
     frozen = frozen_theta()
     parameters, draws = parameter_table(fitted, seed=seed)
     folds, values = cross_validate(runs, level, workers=workers)
@@ -88,7 +91,10 @@ def run_repair(
             drop=True
         ),
         "requests": request_scores(level, frozen),
-        "steps": step_scores(labelled, experiments, frozen, theta_without),
+        "first_requests": first_requests(runs, frozen),
+        "steps": step_scores(
+            labelled, experiments, frozen, theta_without, rebuilt=rebuilt_steps(steps, requests, runs_table)
+        ),
         "folds": folds,
         "fold_values": values,
         "e2e_intervals": e2e_intervals(runs, frozen, draws),

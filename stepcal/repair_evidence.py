@@ -17,7 +17,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from stepcal.audit import stage_starts_ns
-from stepcal.calibration import N_STEP, RequestLevel, Run, calibrate, prepare_runs, run_latencies_s
+from stepcal.calibration import N_STEP, Run, calibrate, prepare_runs, run_latencies_s
 from stepcal.coefficients import DEFAULT, Coefficients, load_coefficients
 from stepcal.datasets import load_stages
 from stepcal.end_to_end import Experiment, load_experiments
@@ -25,11 +25,13 @@ from stepcal.end_to_end_study import evaluate
 from stepcal.evaluation import FEWEST_STEPS_FOR_R, POOLED
 from stepcal.experiment_folders import read_supported_runs
 from stepcal.metrics import PERCENT, pearson_r
+from stepcal.offloading import STUDY_OFFLOAD_GIB
 from stepcal.physical import PhysicalModel
 from stepcal.physical_parameters import STEP_PARAMETERS
 from stepcal.reconstruction import build_timeline, request_lives
 from stepcal.reconstruction_checks import estimate_offset_us
 from stepcal.repair import frozen_theta
+from stepcal.request_level import RequestLevel
 from stepcal.splits import STUDY_FRACTIONS
 from stepcal.step_level import labelled_steps, step_features
 
@@ -54,6 +56,9 @@ LEAVE_OUT_VARIANTS = {
 }
 SEEDS = range(5)
 """Seeds of the Poisson arrivals of H3, whose mean prediction is judged."""
+REPLAYED, POISSON = "measured arrivals, replayed", "Poisson arrivals, mean over seeds 0 to 4"
+JUDGED_FILES = frozenset({".yaml", ".yml", ".json", ".csv", ".parquet"})
+"""Endings of what a folder of experiments is judged by."""
 OVERLOADED_BELOW = 0.9
 """Share of the offered requests below which H3 calls a run overloaded."""
 BOARDS = {
@@ -251,8 +256,10 @@ def h2b_evidence(errors: pd.DataFrame, folds: pd.DataFrame, intervals: pd.DataFr
     return _evidence(rows)
 
 
-def h3_evidence(folder: Path | None, calibration_ids: set[str]) -> pd.DataFrame:
+def h3_evidence(folder: Path | None, calibration_ids: set[str], *, accelerator: str | None = None) -> pd.DataFrame:
     """Evidence for H3: every run of a folder of new experiments, simulated with the frozen default coefficients.
+
+    Servers whose settings do not name their KV offloading are taken to have had the pool of the study's.
 
     Parameters
     ----------
@@ -260,12 +267,15 @@ def h3_evidence(folder: Path | None, calibration_ids: set[str]) -> pd.DataFrame:
         A folder for each run; None as long as there are none, which gives no rows.
     calibration_ids : set of str
         The 16 experiments of the calibration; they do not count.
+    accelerator : str, optional
+        GPU of runs that do not name theirs; see `stepcal.experiment_folders`.
 
     Returns
     -------
     DataFrame
-        Columns of evidence. Runs that do not count, and runs on GPUs that H3 does not speak of, have rows of the variants
-        ``calibration`` and ``other_gpu``, which no criterion looks at.
+        Columns of evidence, and a `note` on each run: which arrivals were simulated, and what was assumed. Runs that do not
+        count, and runs on GPUs that H3 does not speak of, have rows of the variants ``calibration`` and ``other_gpu``, which
+        no criterion looks at.
 
     Raises
     ------
@@ -275,8 +285,8 @@ def h3_evidence(folder: Path | None, calibration_ids: set[str]) -> pd.DataFrame:
     coefficients = load_coefficients(DEFAULT)  # refuses a file of another hash
     if folder is None:
         return _evidence([])
-    cases, refused = read_supported_runs(folder)
-    rows = []
+    cases, refused = read_supported_runs(folder, accelerator=accelerator, kv_offloading_gib=STUDY_OFFLOAD_GIB)
+    rows, notes = [], {}
     for experiment, known in cases:
         if experiment.experiment_id in calibration_ids:
             rows.append(
@@ -284,6 +294,8 @@ def h3_evidence(folder: Path | None, calibration_ids: set[str]) -> pd.DataFrame:
             )
             continue
         error, reason = _transfer_error(coefficients, experiment, known)
+        arrivals = POISSON if experiment.requests is None else REPLAYED
+        notes[experiment.experiment_id] = "; ".join((arrivals, *(note.rstrip(".") for note in experiment.notes)))
         variant = BOARDS.get(experiment.accelerator.name, OTHER_GPU)
         rows.append(_row("e2e_error_percent", variant, experiment.experiment_id, error["judged"], reason))
         rows.append(_row("mspe_percent", variant, experiment.experiment_id, error["signed"], reason))
@@ -291,13 +303,14 @@ def h3_evidence(folder: Path | None, calibration_ids: set[str]) -> pd.DataFrame:
         variant = BOARDS.get(run.accelerator, OTHER_GPU)
         reason = f"{run.experiment_id}: {run.reason}"
         rows += [_row(q, variant, run.experiment_id, NAN, reason) for q in ("e2e_error_percent", "mspe_percent")]
-    return _evidence(rows)
+    evidence = _evidence(rows)
+    return evidence.assign(note=evidence["unit"].map(notes).fillna(""))
 
 
 def folder_sha256(folder: Path) -> str:
     """Return a hash of the files that a folder of experiments is judged by, names included."""
     digest = hashlib.sha256()
-    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.suffix in {".yaml", ".json", ".csv"}):
+    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.suffix in JUDGED_FILES):
         digest.update(path.relative_to(folder).as_posix().encode() + b"\0")
         digest.update(hashlib.sha256(path.read_bytes()).digest())
     return digest.hexdigest()
@@ -307,12 +320,9 @@ def _transfer_error(
     coefficients: Coefficients, experiment: Experiment, known: pd.DataFrame
 ) -> tuple[dict[str, float], str]:
     """Signed error of the mean E2E (%), averaged over seeds where arrivals are generated, and what a criterion sees."""
-    replayed = experiment.requests is not None
     results: list[dict[str, Any]] = [
-        evaluate(coefficients, [(experiment, known)], process="replayed" if replayed else "poisson", seed=seed)[
-            "per_experiment"
-        ][0]
-        for seed in ([0] if replayed else SEEDS)
+        evaluate(coefficients, [(experiment, known)], seed=seed)["per_experiment"][0]
+        for seed in (SEEDS if experiment.requests is None else [0])
     ]
     first = results[0]
     nothing = {"signed": NAN, "judged": NAN}

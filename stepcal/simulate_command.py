@@ -67,6 +67,8 @@ def run_simulation(options: SimulateOptions, on_progress: Progress | None = None
         refuse_unwritable(options.steps)
     architecture = resolve_architecture(options.architecture)
     coefficients = load_coefficients(options.coefficients)
+    if options.experiment is not None:
+        coefficients = coefficients.of_experiment(options.experiment)
     clock = coefficients.clock(
         architecture,
         load_accelerator(options.accelerator),

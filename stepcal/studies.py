@@ -48,11 +48,13 @@ from stepcal.files import write_bytes_atomically
 from stepcal.hardware import load_accelerator
 from stepcal.hypotheses import Verdict, judge
 from stepcal.metrics import BOOTSTRAP_RESAMPLES
+from stepcal.offload_evidence import run_offloading
 from stepcal.preregistration import load_preregistration
 from stepcal.provenance import MEASURED, NO_EVIDENCE, RECORDED, SIMULATED, Provenance
 from stepcal.recorded import read_recorded, record_exists
 from stepcal.repair import run_repair
 from stepcal.repair_evidence import folder_sha256, h1b_evidence, h2b_evidence, h3_evidence, run_repair_evidence
+from stepcal.repair_variants import run_repair_variants
 from stepcal.splits import STUDY_FRACTIONS, temporal_split
 from stepcal.variants import VARIANTS, fit_variant
 
@@ -195,8 +197,8 @@ class StudyKind:
 RESCORED = "published_predictions"
 END_TO_END = "end_to_end"
 LABEL_AUDIT, RECONSTRUCTION = "label_audit", "reconstruction"
-ATTRIBUTION = "attribution"
-REPAIR, REPAIR_EVIDENCE = "repair", "repair_evidence"
+ATTRIBUTION, OFFLOADING = "attribution", "offloading"
+REPAIR, REPAIR_EVIDENCE, REPAIR_VARIANTS = "repair", "repair_evidence", "repair_variants"
 STUDIES: dict[str, StudyKind] = {
     "h1": StudyKind(run_h1),
     "h2": StudyKind(run_h2),
@@ -214,6 +216,11 @@ STUDIES: dict[str, StudyKind] = {
         (load_steps, load_requests),
         simulates=False,
     ),
+    OFFLOADING: StudyKind(
+        lambda steps, requests, predictions: run_offloading(steps, requests, predictions, experiments()),
+        (load_steps, load_requests, load_xgboost_predictions),
+        simulates=False,
+    ),
     ATTRIBUTION: StudyKind(run_attribution, (load_steps, load_requests), simulates=False),
     REPAIR: StudyKind(
         lambda steps, requests: run_repair(steps, requests, experiments()),
@@ -226,6 +233,7 @@ STUDIES: dict[str, StudyKind] = {
         (load_steps, load_requests),
         simulates=False,
     ),
+    REPAIR_VARIANTS: StudyKind(run_repair_variants, (load_steps, load_requests), simulates=False, costly=True),
 }
 """All studies by name."""
 
@@ -328,7 +336,7 @@ def select_experiments(steps: pd.DataFrame, wanted: Sequence[str]) -> pd.DataFra
 
 
 def verdict_of(
-    hypothesis: str, *, data: Path | str | None = None, published: bool = False
+    hypothesis: str, *, data: Path | str | None = None, published: bool = False, accelerator: str | None = None
 ) -> tuple[Verdict, Provenance]:
     """Judge a hypothesis on our evidence, or on the study's published figures.
 
@@ -341,6 +349,8 @@ def verdict_of(
         of new experiments (`stepcal.experiment_folders`), without which it is not evaluated.
     published : bool
         Judge the published per-experiment figures instead of our own.
+    accelerator : str, optional
+        GPU of the new experiments of ``h3`` that do not name theirs.
 
     Returns
     -------
@@ -350,15 +360,20 @@ def verdict_of(
     Raises
     ------
     InputError
-        If the hypothesis is unknown, its pre-registration was changed, or it has no published figures.
+        If the hypothesis is unknown, its pre-registration was changed, it has no published figures, or `accelerator` is
+        given for another than ``h3``.
     """
     registered = load_preregistration(hypothesis)
+    if accelerator is not None and registered.id != "h3":
+        raise InputError(
+            f"`--accelerator` is for the new experiments of h3; `{registered.id}` takes none. Leave it out."
+        )
     if registered.id in _AFTER_REPAIR:
         if published:
             raise InputError(
                 f"`{registered.id}` is ours and has no published figures; `--published` knows h1, h2, h2_step. Leave it out."
             )
-        evidence, provenance = _AFTER_REPAIR[registered.id](data)
+        evidence, provenance = _AFTER_REPAIR[registered.id](data, accelerator)
         return judge(registered, evidence), provenance
     if registered.id == "h1":
         if published:
@@ -374,27 +389,27 @@ def verdict_of(
     return judge(registered, evidence), end_to_end.provenance
 
 
-def _h1b(data: Path | str | None) -> tuple[pd.DataFrame, Provenance]:
+def _h1b(data: Path | str | None, _: str | None) -> tuple[pd.DataFrame, Provenance]:
     study = load_study(REPAIR_EVIDENCE, data=data)
     return h1b_evidence(study["components"]), study.provenance
 
 
-def _h2b(data: Path | str | None) -> tuple[pd.DataFrame, Provenance]:
+def _h2b(data: Path | str | None, _: str | None) -> tuple[pd.DataFrame, Provenance]:
     repair, more = load_study(REPAIR, data=data), load_study(REPAIR_EVIDENCE, data=data)
     return h2b_evidence(repair["errors"], repair["folds"], more["intervals"]), repair.provenance
 
 
-def _h3(data: Path | str | None) -> tuple[pd.DataFrame, Provenance]:
+def _h3(data: Path | str | None, accelerator: str | None) -> tuple[pd.DataFrame, Provenance]:
     """Judge new runs only: the folder of the calibration's traces (`STEPCAL_DATA`) has nothing to say here."""
     folder = None if data is None else Path(data)
-    evidence = h3_evidence(folder, set(experiments()["experiment_id"]))
+    evidence = h3_evidence(folder, set(experiments()["experiment_id"]), accelerator=accelerator)
     if folder is None:
         return evidence, Provenance(NO_EVIDENCE, "", 0, 0)
     n_runs = evidence["unit"].nunique()
     return evidence, Provenance(MEASURED, folder_sha256(folder), n_runs, n_runs)
 
 
-_AFTER_REPAIR: dict[str, Callable[[Path | str | None], tuple[pd.DataFrame, Provenance]]] = {
+_AFTER_REPAIR: dict[str, Callable[[Path | str | None, str | None], tuple[pd.DataFrame, Provenance]]] = {
     "h1b": _h1b,
     "h2b": _h2b,
     "h3": _h3,

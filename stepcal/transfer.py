@@ -14,16 +14,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from stepcal.calibration import (
-    N_STEP,
-    PARAMETERS,
-    Calibration,
-    RequestLevel,
-    Run,
-    calibrate,
-    run_latencies_s,
-    training_rows,
-)
+from stepcal.calibration import N_STEP, PARAMETERS, Calibration, Run, calibrate, run_latencies_s
 from stepcal.end_to_end import (
     compare,
     judged_error_percent,
@@ -34,6 +25,7 @@ from stepcal.end_to_end import (
 )
 from stepcal.metrics import CONFIDENCE, PERCENT
 from stepcal.physical import PhysicalModel
+from stepcal.request_level import RequestLevel, training_rows
 
 FloatArray = NDArray[np.float64]
 
@@ -112,9 +104,9 @@ def fit_fold(fold: Fold, runs: Sequence[Run], level: RequestLevel) -> Calibratio
     return fit_joint(chosen, training_rows(level.subset(mask)))
 
 
-def fit_joint(runs: Sequence[Run], rows: RequestLevel) -> Calibration:
-    """Fit both levels, starting from what the request level alone gives (milliseconds of work)."""
-    return calibrate(runs=runs, level=rows, start=calibrate(level=rows).theta)
+def fit_joint(runs: Sequence[Run], rows: RequestLevel, *, workers: int = 1) -> Calibration:
+    """Fit both levels, starting from what the request level alone gives (milliseconds of work), on that many threads."""
+    return calibrate(runs=runs, level=rows, start=calibrate(level=rows).theta, workers=workers)
 
 
 def evaluate(runs: Sequence[Run], theta: FloatArray, variant: str) -> pd.DataFrame:
@@ -216,6 +208,46 @@ def _mean_e2e(run: Run, stage: int | None = None) -> float:
     if stage is not None:
         chosen &= np.asarray(run.requests.stage) == stage
     return float(table["e2e_s"].to_numpy(dtype=float)[chosen].mean())
+
+
+def first_requests(runs: Sequence[Run], theta: FloatArray) -> pd.DataFrame:
+    """Compare the start of each run with its rest: TTFT measured and predicted, and how much of the difference is predicted.
+
+    The first requests, as many as the workload has texts, bring prompts that no cache holds yet, which the simulator
+    computes; what it does not know is a server that warms up. The rest is that of the first stage of load.
+
+    Parameters
+    ----------
+    runs : sequence of Run
+        Overloaded ones are left out: their TTFT is a queue's.
+    theta : ndarray
+
+    Returns
+    -------
+    DataFrame
+        `experiment_id`, `n_first`, `first_ttft_ms`, `first_predicted_ms`, `later_ttft_ms`, `later_predicted_ms`,
+        `explained_percent` (predicted share of the measured difference), `first_e2e_percent`, `later_e2e_percent` (signed
+        errors of mean E2E).
+    """
+    rows = []
+    for run in runs:
+        workload, table = run.experiment.workload, run.experiment.requests
+        if run.experiment.overloaded or table is None:
+            continue
+        n_texts = workload.n_groups * workload.n_prompts_per_group
+        e2e, ttft = run_latencies_s(run, theta)
+        row: dict[str, object] = {"experiment_id": run.experiment.experiment_id, "n_first": n_texts}
+        position, stage = np.arange(len(table)), np.asarray(run.requests.stage)
+        for name, part in (("first", position < n_texts), ("later", (position >= n_texts) & (stage == LOW))):
+            known = table[part]
+            row[f"{name}_ttft_ms"] = known["ttft_s"].mean() * MS_PER_S
+            row[f"{name}_predicted_ms"] = float(np.nanmean(ttft[part])) * MS_PER_S
+            row[f"{name}_e2e_percent"] = PERCENT * (float(np.nanmean(e2e[part])) / known["e2e_s"].mean() - 1.0)
+        rows.append(row)
+    result = pd.DataFrame(rows)
+    predicted = result["first_predicted_ms"] - result["later_predicted_ms"]
+    explained = PERCENT * predicted / (result["first_ttft_ms"] - result["later_ttft_ms"])
+    return result.assign(explained_percent=explained)
 
 
 def request_scores(level: RequestLevel, theta: FloatArray) -> pd.DataFrame:

@@ -108,6 +108,34 @@ def test_a_baseline_file_of_several_experiments_is_refused(trace, tmp_path) -> N
         clock_of(load_coefficients(str(out)))
 
 
+def test_each_experiment_has_its_own_baseline(trace, tmp_path) -> None:
+    out = tmp_path / "fit.json"
+    assert CliRunner().invoke(app, ["fit", "blackbox", "--data", str(trace[0]), "--json", str(out)]).exit_code == 0
+    steps = read_steps(trace[0])
+    baselines = fit_variant("blackbox", temporal_split(steps), GPU).baselines
+    assert len(baselines) > 1
+    every = load_coefficients(str(out))
+    for name, baseline in baselines.items():
+        expected = baseline_clock(baseline, LLAMA, GPU, SERVER, tensor_parallel=4)
+        assert asked_us(clock_of(every.of_experiment(name))) == pytest.approx(asked_us(expected), rel=1e-12)
+    with pytest.raises(InputError, match=r"says nothing of `another`.*--experiment another"):
+        every.of_experiment("another")
+    assert load_coefficients("global9").of_experiment("another") == load_coefficients("global9")
+
+
+def test_an_affine_file_says_whether_host_and_gpu_overlap(tmp_path) -> None:
+    terms = [{"name": "constant_us", "value": 100.0}, {"name": "host_constant_us", "value": 30.0}]
+    file = tmp_path / "mine.json"
+    for combine, expected in (("sum", 130.0), ("max", 100.0), (None, 130.0)):
+        more = {} if combine is None else {"combine": combine}
+        file.write_text(json.dumps({"variant": "affine", "parameters": terms, **more}))
+        assert asked_us(clock_of(load_coefficients(str(file)))) == [expected] * len(BATCHES)
+    for variant, combine in (("affine", "mean"), ("raw", "max")):
+        file.write_text(json.dumps({"variant": variant, "parameters": [], "combine": combine}))
+        with pytest.raises(InputError, match=rf"mine\.json: `combine` is '{combine}' for the variant `{variant}`"):
+            load_coefficients(str(file))
+
+
 def test_the_trees_cannot_be_read_from_a_file(tmp_path) -> None:
     file = write(tmp_path, "xgboost", ("run-a.max_depth", 4.0))
     with pytest.raises(
@@ -147,7 +175,7 @@ NINE = {p.name: p.start for p in Global9().parameters}
         ("model36", {}, "lacks `FAMILY.prefill_gemm_factor`"),
         ("model36", {"llama-2-70b.overhead_us": 3.0}, "lacks `llama-2-70b.prefill_gemm_factor`"),
         ("blackbox", {"intercept": 1.0, "prefill_tokens": 1.0}, r"lacks `decode_tokens`.*stepcal fit blackbox"),
-        ("constant", {"a.median_us": 1.0, "b.median_us": 2.0}, r"has 2 experiments with `median_us`.*--experiment"),
+        ("blackbox", {"a.intercept": 1.0, "b.intercept": 2.0}, "lacks `prefill_tokens`"),
         ("constant", {"median_us": "fast"}, r"mine\.json is not a coefficient file \(ValueError"),
         ("constant", {"median_us": None}, "is not a coefficient file"),
     ],

@@ -53,13 +53,14 @@ def check_summary(summary: dict) -> None:
 
 def test_evaluate_has_the_shape_that_others_rely_on(of_model36) -> None:
     assert set(of_model36) == {
-        "per_experiment", "mean_abs_e2e_error_percent", "n_below_10_percent", "mspe_percent"
+        "arrivals", "per_experiment", "mean_abs_e2e_error_percent", "n_below_10_percent", "mspe_percent"
     }  # fmt: skip
     assert [row["experiment_id"] for row in of_model36["per_experiment"]] == experiments()["experiment_id"].tolist()
     for row in of_model36["per_experiment"]:
         assert {"experiment_id", "measured", "predicted", *ERRORS} <= set(row)
         check_summary(row["measured"])
         assert isinstance(row["measured"]["e2e_ms"]["mean"], float)
+        assert row["measured"]["requests_per_s"] > 0
         if row["predicted"] is not None:
             check_summary(row["predicted"])
             assert row["predicted"]["requests"] > 0
@@ -139,7 +140,8 @@ def test_a_run_in_which_nothing_completed_is_not_evaluable(cases) -> None:
 
 def test_replaying_needs_requests(cases) -> None:
     with pytest.raises(InputError, match="cannot be replayed"):
-        evaluate(load_coefficients("global9"), cases[:1])
+        evaluate(load_coefficients("global9"), cases[:1], process="replayed")
+    assert evaluate(load_coefficients("global9"), cases[:1])["arrivals"] == "poisson"
 
 
 def made_up_errors() -> tuple[pd.DataFrame, list[Experiment]]:

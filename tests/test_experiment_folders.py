@@ -1,8 +1,10 @@
 """Experiments of one's own: the layout that is read, and what is said of a folder that is not laid out so."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
@@ -171,15 +173,6 @@ def test_kv_blocks_may_come_from_a_table(place: str, tmp_path) -> None:
     assert read_experiment_folder(folder)[0][0].server.kv_blocks == 555
 
 
-def test_without_kv_blocks_the_message_says_where_vllm_logs_them(tmp_path) -> None:
-    write_run(tmp_path, server={k: v for k, v in SERVER.items() if k != "kv_blocks_total_gpu"})
-    with pytest.raises(InputError, match=r"run-a/exp-config\.yaml does not say how many KV blocks.*vLLM logs"):
-        read_experiment_folder(tmp_path)
-    (tmp_path / "server_settings.csv").write_text("experiment_id,kv_blocks_total_gpu\nother,7\n")
-    with pytest.raises(InputError, match="does not say how many KV blocks"):
-        read_experiment_folder(tmp_path)
-
-
 @pytest.mark.parametrize("table", ["", "a,b\n1,2\n", "experiment_id,blocks\nrun-a,3\n",
                                    "experiment_id,kv_blocks_total_gpu\nrun-a,many\n"])  # fmt: skip
 def test_a_settings_table_of_another_kind_is_refused(table: str, tmp_path) -> None:
@@ -198,8 +191,6 @@ def test_a_folder_without_runs_says_what_one_needs(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("server", "message"),
     [
-        ({"max_num_seqs": None}, r"exp-config\.yaml lacks `max_num_seqs`"),
-        ({"max_model_len": None}, "lacks `max_model_len`"),
         ({"max_num_batched_tokens": "lots"}, "`max_num_batched_tokens` is 'lots'; it must be a whole number"),
         ({"max_num_seqs": 12.5}, "`max_num_seqs` is 12.5; it must be a whole number"),
         ({"max_num_seqs": True}, "`max_num_seqs` is True"),
@@ -283,4 +274,16 @@ def test_the_public_folder_reads_like_any_other(traces_folder: Path) -> None:
     runs = read_experiment_folder(traces_folder / "experiments")
     assert len(runs) == 16
     assert sum(e.overloaded for e, _ in runs) == 4
-    assert measured_latencies(runs[0][0]).shape == runs[0][1].shape
+    assert all(e.requests is not None for e, _ in runs), "requests/requests.parquet lies beside the folder"
+    summaries = measured_latencies(replace(runs[0][0], requests=None))
+    assert summaries.shape == runs[0][1].shape
+
+
+def test_generated_arrivals_bring_prompts_as_long_as_measured(tmp_path) -> None:
+    longer = summary()
+    longer["successes"]["prompt_len"] = {"mean": 171.0, "median": 170.0, "p90": 180.0, "p99": 190.0}
+    write_run(tmp_path, files={"results/summary_lifecycle_metrics.json": longer})
+    ((experiment, _),) = read_experiment_folder(tmp_path)
+    assert experiment.workload.prompt_len == 170
+    assert (np.asarray(experiment.arrivals("poisson").prompt_tokens) == 170).all()
+    assert "Prompts have 170 tokens, as measured; 150 were asked for." in experiment.notes

@@ -11,20 +11,22 @@ from stepcal.architecture import ModelArchitecture, load_architecture
 from stepcal.errors import InputError
 from stepcal.hardware import load_accelerator
 from stepcal.physical import (
+    AT,
     PhysicalModel,
     batch_features,
     checked_theta,
-    collective_bytes,
-    floor_us,
-    gemm_flops,
-    kv_bytes_per_token,
     physical_clock,
     physical_features,
-    queue_share,
-    weight_bytes,
 )
 from stepcal.physical_parameters import API_PARAMETERS, STEP_PARAMETERS
 from stepcal.simulator import ServerConfig, StepBatch
+from stepcal.step_work import (
+    all_reduce_bytes,
+    floor_us,
+    gemm_flops,
+    kv_bytes_per_token,
+    weight_bytes,
+)
 
 H100 = load_accelerator("h100-sxm")
 THETA = np.array([p.start for p in STEP_PARAMETERS])
@@ -75,17 +77,18 @@ def test_no_step_is_shorter_than_its_bytes_take(architecture, theta, batch, kv, 
     assert took >= floor_us(batch + prefill, kv, architecture, H100, tensor_parallel=tp)[0] * (1 - 1e-12)
 
 
-@given(architectures(), thetas, st.integers(1, 200), st.integers(0, 10**5), st.integers(0, 500))
+@given(architectures(), thetas, st.integers(1, 200), st.integers(0, 10**5), st.integers(0, 500), st.data())
 @settings(max_examples=60, deadline=None)
-def test_it_grows_with_batch_context_prefill_and_queue(architecture, theta, batch, kv, more):
-    base = step_us(architecture, theta, decode_requests=batch, kv_tokens=kv)
+def test_it_grows_with_batch_context_prefill_and_rejections(architecture, theta, batch, kv, more, data):
+    tp = data.draw(st.sampled_from(architecture.tensor_parallel_degrees()))
+    base = step_us(architecture, theta, tp, decode_requests=batch, kv_tokens=kv)
     for change in (
         {"decode_requests": batch + more},
         {"kv_tokens": kv + more},
         {"prefill_tokens": more, "prefill_requests": min(more, 1), "prefill_pairs": more},
-        {"waiting": more},
+        {"rejected": min(more, batch), "offload_blocks": 4096},
     ):
-        assert step_us(architecture, theta, **{"decode_requests": batch, "kv_tokens": kv, **change}) >= base
+        assert step_us(architecture, theta, tp, **{"decode_requests": batch, "kv_tokens": kv, **change}) >= base
 
 
 @pytest.mark.parametrize("field", ["num_layers", "hidden_size", "intermediate_size", "vocab_size"])
@@ -107,15 +110,33 @@ def test_weights_and_flops_of_a_rank_fall_with_tensor_parallelism(architecture, 
 
 def test_collectives_and_replicated_heads_are_charged():
     llama = load_architecture("llama-2-70b")
-    assert collective_bytes(8, llama, tensor_parallel=1)[0] == 0
-    assert collective_bytes(8, llama, tensor_parallel=4)[0] == 2 * 80 * 2 * 3 / 4 * 8 * 8192 * 2
+    one_stage, two_stages = all_reduce_bytes(8, llama, tensor_parallel=4)
+    message = 2 * 80 * 8 * 8192 * 2
+    assert (one_stage[0], two_stages[0]) == (3 * message, 2 * 3 / 4 * message)
+    assert all_reduce_bytes(8, llama, tensor_parallel=1)[0][0] == 0
     # Eight KV heads: sixteen ranks hold one each, as eight do.
     assert kv_bytes_per_token(llama, tensor_parallel=16) == kv_bytes_per_token(llama, tensor_parallel=8)
     assert kv_bytes_per_token(llama, tensor_parallel=8) == kv_bytes_per_token(llama) / 8
-    alone, shared = features(llama, 1).linear[0], features(llama, 4).linear[0]
-    names = [p.name for p in STEP_PARAMETERS]
-    for name in ("collective_us", "collective_bytes_factor"):
-        assert alone[names.index(name)] == 0 < shared[names.index(name)]
+    alone, shared = (MODEL.components_us(THETA, features(llama, tp))["collectives"][0] for tp in (1, 4))
+    assert alone == 0 < shared
+
+
+def test_large_messages_take_two_stages_and_small_ones_one():
+    llama = load_architecture("llama-2-70b")
+    rows = features(llama, 4, decode_requests=[1, 2000], kv_tokens=0.0)
+    stages = MODEL.gradient_us(THETA, rows)[:, AT["collective_us"]] / rows.all_reduces
+    assert stages.tolist() == [1.0, 2.0]
+    two_ranks = features(llama, 2, decode_requests=[1, 2000], kv_tokens=0.0)
+    assert (MODEL.gradient_us(THETA, two_ranks)[:, AT["collective_us"]] == two_ranks.all_reduces).all()
+
+
+def test_the_host_counts_only_where_it_is_slower_than_the_gpu():
+    llama = load_architecture("llama-2-7b")
+    rows = features(llama, decode_requests=100, kv_tokens=1e5, rejected=[0, 10, 90], offload_blocks=4096)
+    gpu, host, step = MODEL.gpu_us(THETA, rows), MODEL.host_us(THETA, rows), MODEL.predict_us(THETA, rows)
+    assert host[1] < gpu[1] and host[2] > gpu[2]
+    assert step[0] == step[1] == gpu[0] and step[2] == host[2]
+    assert (MODEL.gradient_us(THETA, rows)[:, AT["offload_scan_us"]] > 0).tolist() == [False, False, True]
 
 
 def test_a_mixture_reads_the_experts_its_tokens_visit():
@@ -136,7 +157,12 @@ def test_a_dense_model_reads_its_parameters_but_the_embedding():
 @settings(max_examples=40, deadline=None)
 def test_the_gradient_is_the_derivative(architecture, theta):
     rows = features(
-        architecture, decode_requests=[4, 60], kv_tokens=[900, 40_000], prefill_tokens=[0, 700], waiting=[0, 9]
+        architecture,
+        decode_requests=[4, 60, 100],
+        kv_tokens=[900, 40_000, 200_000],
+        prefill_tokens=[0, 700, 0],
+        rejected=[0, 0, 95],
+        offload_blocks=8192,
     )
     gradient = MODEL.gradient_us(theta, rows)
     for j in range(theta.size):
@@ -144,7 +170,8 @@ def test_the_gradient_is_the_derivative(architecture, theta):
         up, down = theta.copy(), theta.copy()
         up[j], down[j] = up[j] + step, down[j] - step
         slope = (MODEL.predict_us(up, rows) - MODEL.predict_us(down, rows)) / (2 * step)
-        kink = np.abs(rows.linear[:, 0] * theta[0] / rows.gemm_us - 1) < 1e-3
+        kink = np.abs(rows.weights_us * theta[AT["hbm_read_factor"]] / rows.gemm_us - 1) < 1e-3
+        kink |= np.abs(MODEL.host_us(theta, rows) / MODEL.gpu_us(theta, rows) - 1) < 1e-3
         assert np.allclose(gradient[~kink, j], slope[~kink], rtol=1e-4, atol=1e-4)
 
 
@@ -157,20 +184,17 @@ def test_the_clock_of_a_server_is_the_model(contexts, waiting, n_prefill, data):
     clock = physical_clock(THETA, architecture, H100, ServerConfig(kv_blocks=9000), tensor_parallel=2)
     rows = batch_features(batch, architecture, H100, tensor_parallel=2)
     # The clock's contexts count the step's own tokens, which are written rather than read: at most one token in a context.
-    own = STEP_PARAMETERS[1].start * 1e6 / H100.hbm_bandwidth * kv_bytes_per_token(architecture, tensor_parallel=2)
+    own = THETA[AT["hbm_read_factor"]] * 1e6 / H100.hbm_bandwidth * kv_bytes_per_token(architecture, tensor_parallel=2)
+    own += THETA[AT["kv_block_ns"]] / 1e3 * architecture.num_layers / 16
     difference = sum(clock(batch).values()) - MODEL.predict_us(THETA, rows)[0]
     assert abs(difference) <= own * (batch.decode_tokens + batch.prefill_tokens) + 1e-6
 
 
 def test_the_components_add_up():
     llama = load_architecture("llama-2-70b")
-    rows = features(llama, 4, decode_requests=[3, 80], kv_tokens=[500, 60_000], waiting=[0, 40], prefill_tokens=[0, 64])
+    rows = features(llama, 4, decode_requests=[3, 80], kv_tokens=[500, 60_000], prefill_tokens=[0, 64])
     total = sum(MODEL.components_us(THETA, rows).values())
     assert np.allclose(total, MODEL.predict_us(THETA, rows))
-
-
-def test_the_queue_saturates():
-    assert queue_share([0, 128, 10**9], 128).tolist() == pytest.approx([0.0, 0.5, 1.0])
 
 
 def test_at_most_nine_numbers_make_the_step_and_three_the_api():
@@ -183,7 +207,7 @@ def test_at_most_nine_numbers_make_the_step_and_three_the_api():
 
 
 def test_bad_numbers_are_refused():
-    with pytest.raises(InputError, match="needs one value for each of weight_read_factor"):
+    with pytest.raises(InputError, match="needs one value for each of hbm_read_factor"):
         checked_theta([1.0])
     bad = THETA.copy()
     bad[2] = -1

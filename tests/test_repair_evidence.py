@@ -285,7 +285,7 @@ class TestH3:
         folder = tmp_path / "data"
         shutil.copytree(data_folder() / "coefficients", folder / "coefficients")
         file = folder / "coefficients" / "default.json"
-        file.write_text(file.read_text().replace("1.046", "1.047"))
+        file.write_text(file.read_text().replace('"value": 1', '"value": 2', 1))
         monkeypatch.setattr(coefficients, "data_folder", lambda: folder)
         done = runner.invoke(app, ["verdict", "h3", "--experiments", str(runs), "--json", "-"])
         assert done.exit_code == 2

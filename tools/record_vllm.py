@@ -200,8 +200,10 @@ class VirtualDevice(Executor):
         )
 
 
-def make_engine(config: dict, model_dir: str) -> EngineCore:
-    """VLLM's EngineCore for a scenario's configuration, on the virtual device."""
+def make_engine(
+    config: dict, model_dir: str, device_class: type[VirtualDevice] = VirtualDevice, **settings: Any
+) -> EngineCore:
+    """VLLM's EngineCore for a scenario's configuration, on the virtual device; `settings` go to `VllmConfig`."""
     vllm_config = VllmConfig(
         model_config=ModelConfig(
             model=model_dir,
@@ -226,10 +228,32 @@ def make_engine(config: dict, model_dir: str) -> EngineCore:
             async_scheduling=config["async_scheduling"],
         ),
         device_config=DeviceConfig(device="cpu"),
+        **settings,
     )
-    engine = EngineCore(vllm_config, VirtualDevice, log_stats=False)
+    engine = EngineCore(vllm_config, device_class, log_stats=False)
     assert engine.scheduler.kv_cache_manager.block_pool.num_gpu_blocks == config["num_gpu_blocks"]
     return engine
+
+
+def add_request(engine: EngineCore, request: dict) -> None:
+    """Hand a request of a scenario to the engine."""
+    prompt = [token_id(content, i) for content, n in request["prompt_segments"] for i in range(n)]
+    engine.add_request(
+        *engine.preprocess_add_request(
+            EngineCoreRequest(
+                request_id=str(request["index"]),
+                prompt_token_ids=prompt,
+                mm_features=None,
+                sampling_params=SamplingParams(max_tokens=request["output_tokens"], ignore_eos=True, temperature=0.0),
+                pooling_params=None,
+                eos_token_id=None,
+                arrival_time=0.0,
+                lora_request=None,
+                cache_salt=None,
+                data_parallel_rank=None,
+            )
+        )
+    )
 
 
 class Player:
@@ -296,25 +320,7 @@ class Player:
         return not self.scheduler.has_requests() and not self.engine.batch_queue
 
     def add(self, request: dict) -> None:
-        prompt = [token_id(content, i) for content, n in request["prompt_segments"] for i in range(n)]
-        self.engine.add_request(
-            *self.engine.preprocess_add_request(
-                EngineCoreRequest(
-                    request_id=str(request["index"]),
-                    prompt_token_ids=prompt,
-                    mm_features=None,
-                    sampling_params=SamplingParams(
-                        max_tokens=request["output_tokens"], ignore_eos=True, temperature=0.0
-                    ),
-                    pooling_params=None,
-                    eos_token_id=None,
-                    arrival_time=0.0,
-                    lora_request=None,
-                    cache_salt=None,
-                    data_parallel_rank=None,
-                )
-            )
-        )
+        add_request(self.engine, request)
 
     def is_alive(self, index: int) -> bool:
         return str(index) in self.scheduler.requests

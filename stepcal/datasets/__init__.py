@@ -3,6 +3,7 @@
 from stepcal.datasets.catalogue import have_traces, load_requests, load_steps, load_xgboost_predictions
 from stepcal.datasets.facts import (
     experiments,
+    kernel_efficiency,
     load_stages,
     measured,
     peers,
@@ -25,6 +26,7 @@ __all__ = [
     "content_sha256",
     "experiments",
     "have_traces",
+    "kernel_efficiency",
     "load_requests",
     "load_stages",
     "load_steps",

@@ -1,7 +1,8 @@
 """``make data``: the tables of ``data/``, written anew from the public layout that the measurements came in.
 
-Nothing is computed here beyond renaming, joining and two ratios: each table says the same as its source, in one tidy
-shape, with units in the names. The same input gives the same bytes, and no file changes unless all could be written.
+Nothing is computed here beyond renaming, joining, two ratios and a summary of kernel benchmarks: each table says the same as
+its source, in one tidy shape, with units in the names. The same input gives the same bytes, and no file changes unless all
+could be written.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import yaml
 
 from stepcal.architecture import ModelArchitecture
 from stepcal.datasets.facts import TABLES
+from stepcal.datasets.kernels import DECODE_FILES, GEMM_FILE, PREFILL_FILES, summarise_kernels
 from stepcal.datasets.lifecycle import read_lifecycle_summary, read_load_summary
 from stepcal.datasets.readers import read_requests_parquet
 from stepcal.datasets.tables import checked_table, content_sha256
@@ -305,6 +307,7 @@ _RECIPES: dict[str, tuple[Callable[[Path], pd.DataFrame], tuple[str, ...], str, 
         "inference-sim/sim-to-real-accuracy-validation",
         _NOT_RECORDED,
     ),
+    "kernel_efficiency.csv": (summarise_kernels, (GEMM_FILE, DECODE_FILES, PREFILL_FILES), _RUNS, _NOT_RECORDED),
     "catalogue/public_files.csv": (_public_files, ("public_files.csv",), _RUNS, "a column of the table"),
     "catalogue/joined_tables.csv": (
         _joined_tables,

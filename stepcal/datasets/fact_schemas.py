@@ -211,6 +211,32 @@ ACCELERATORS = pa.DataFrameSchema(
     name="accelerators",
 )
 
+KERNEL_EFFICIENCY = pa.DataFrameSchema(
+    {
+        "kernel": text("Kernel benchmarked.", choices=["gemm", "decode_attention", "prefill_attention"]),
+        "heads": text(
+            "Head layout: full (as many key/value heads as query heads), grouped (fewer), any (all, or none in a GEMM).",
+            choices=["any", "full", "grouped"],
+        ),
+        "batch_size": integer("Requests; 0 where all sizes are taken together, or there are none (GEMM).", "request"),
+        "tokens": integer("Rows m of a GEMM, context of decode, length of prefill; 0: all together.", "token"),
+        "quantity": text(
+            "share_of_flops, share_of_bandwidth (of `peak`; of a GEMM: weights at one byte an element), or block_excess_ns: "
+            "time a KV block of 16 tokens beyond its bytes at the rate in `peak`.",
+            choices=["share_of_flops", "share_of_bandwidth", "block_excess_ns"],
+        ),
+        "low": number("Smallest; of all sizes together the lower quartile.", "1, or ns of block_excess_ns"),
+        "median": number("Median.", "1, or ns of block_excess_ns"),
+        "high": number("Largest; of all sizes together the upper quartile.", "1, or ns of block_excess_ns"),
+        "n_benchmarks": integer("Benchmarks summarised.", "benchmark", minimum=1),
+        "peak": number("Rate that is counted against; a GEMM's is the dense FP8 peak.", "see `peak_unit`", above=0),
+        "peak_unit": text("Unit of the peak.", choices=["TFLOP/s", "TB/s"]),
+        "source": text("Files of the public layout."),
+    },
+    unique=["kernel", "heads", "batch_size", "tokens", "quantity"],
+    name="kernel efficiency",
+)
+
 PUBLIC_FILES = pa.DataFrameSchema(
     {
         "repository": text("GitHub repository."),

@@ -28,6 +28,7 @@ TABLES: dict[str, pa.DataFrameSchema] = {
     "published/xgboost.csv": fact_schemas.XGBOOST,
     "published/blis_e2e.csv": fact_schemas.BLIS,
     "published/peers.csv": fact_schemas.PEERS,
+    "kernel_efficiency.csv": fact_schemas.KERNEL_EFFICIENCY,
     "catalogue/public_files.csv": fact_schemas.PUBLIC_FILES,
     "catalogue/joined_tables.csv": fact_schemas.JOINED_TABLES,
     "sources.csv": fact_schemas.SOURCES,
@@ -79,6 +80,11 @@ def published_blis() -> pd.DataFrame:
 def peers() -> pd.DataFrame:
     """Return the predictions of seven public simulators beside what was measured."""
     return shipped_table("published/peers.csv")
+
+
+def kernel_efficiency() -> pd.DataFrame:
+    """Return what benchmarked GPU kernels reach: shares of peak rates, and the time a KV block takes beyond its bytes."""
+    return shipped_table("kernel_efficiency.csv")
 
 
 def public_files() -> pd.DataFrame:

@@ -21,7 +21,7 @@ N_GAP_BINS = GAP_BINS_PER_OCTAVE * GAP_OCTAVES
 
 
 @inlined
-def step_duration(times: Times, batch: Int64Array) -> float:
+def step_duration(times: Times, batch: Int64Array, rejected: float) -> float:
     """Duration of one step in microseconds."""
     n_prefill, n_decode = batch[at.PREFILL_REQS], batch[at.DECODE_REQS]
     gpu = (
@@ -41,17 +41,24 @@ def step_duration(times: Times, batch: Int64Array) -> float:
             + times.prefill_kv_us * batch[at.PREFILL_KV]
             + times.prefill_pair_us * batch[at.PREFILL_PAIRS]
         )
-    host = _host_duration(times, n_prefill + n_decode, batch[at.N_WAITING])
+    host = _host_duration(times, n_prefill + n_decode, batch[at.N_WAITING], rejected)
     return max(times.floor_us, max(gpu, host) if times.overlap else gpu + host)
 
 
 @inlined
-def _host_duration(times: Times, n_requests: int, n_waiting: int) -> float:
-    return times.host_constant_us + times.host_requests_us[n_requests] + times.host_waiting_us * n_waiting
+def _host_duration(times: Times, n_requests: int, n_waiting: int, rejected: float) -> float:
+    return (
+        times.host_constant_us
+        + times.host_requests_us[n_requests]
+        + times.host_waiting_us * n_waiting
+        + times.host_rejected_us * rejected
+    )
 
 
 @inlined
-def decode_line(times: Times, n_decode: int, kv_tokens: int, n_waiting: int) -> tuple[float, float, float]:
+def decode_line(
+    times: Times, n_decode: int, kv_tokens: int, n_waiting: int, rejected: float
+) -> tuple[float, float, float]:
     """Coefficients a, b, c of the durations ``max(c, a + b i)`` of consecutive decode-only steps."""
     gpu = (
         times.constant_us
@@ -64,7 +71,7 @@ def decode_line(times: Times, n_decode: int, kv_tokens: int, n_waiting: int) -> 
     )
     if times.batch_us.shape[1] > 1:
         gpu += times.batch_us[0, n_decode]
-    host = _host_duration(times, n_decode, n_waiting)
+    host = _host_duration(times, n_decode, n_waiting, rejected)
     slope = times.kv_us * n_decode
     if times.overlap:
         return gpu, slope, max(times.floor_us, host)

@@ -18,7 +18,7 @@ NOT_MODELLED: dict[str, tuple[Any, str]] = {
     "enable_lora": (False, "LoRA adapters"),
     "sliding_window": (None, "sliding-window attention"),
     "kv_transfer_config": (None, "KV connectors"),
-    "kv_offloading_size": (None, "KV connectors"),
+    "kv_offloading_size": (None, "a pool in GiB, which needs the model; give its blocks as `offload_blocks`"),
     "scheduling_policy": ("fcfs", "scheduling policies other than first come, first served"),
     "enable_chunked_prefill": (True, "scheduling without chunked prefill"),
     "long_prefill_token_threshold": (0, "a threshold for long prefills"),
@@ -44,6 +44,8 @@ class ServerConfig:
     block_size : int
         Tokens of a KV block.
     enable_prefix_caching : bool
+    offload_blocks : int
+        KV blocks that the pool in CPU memory can hold, 0 without KV offloading.
     async_scheduling : bool
         Whether a step is scheduled while the one before it runs (vLLM's default).
 
@@ -59,6 +61,7 @@ class ServerConfig:
     max_model_len: int = 4096
     block_size: int = 16
     enable_prefix_caching: bool = True
+    offload_blocks: int = 0
     async_scheduling: bool = True
 
     def __post_init__(self) -> None:
@@ -66,6 +69,8 @@ class ServerConfig:
             value = getattr(self, name)
             if value < 1:
                 raise InputError(f"`{name}` is {value}; it must be at least 1.")
+        if self.offload_blocks < 0:
+            raise InputError(f"`offload_blocks` is {self.offload_blocks}; it must be at least 0 (no KV offloading).")
         if self.kv_blocks < 2:
             raise InputError(
                 f"`kv_blocks` is {self.kv_blocks}; it must be at least 2, because vLLM keeps one as its "

@@ -25,6 +25,7 @@ def _end(requests: Requests, slots: Slots, counts: Int64Array, request: int, sta
     requests.rows.finish_us[request] = now_us
     counts[at.N_ENDED] += 1
     counts[at.HAS_ENDED] = 1
+    counts[at.HAS_CHANGED] = 1
     counts[at.IS_BLOCKED] = 0
 
 

@@ -1,8 +1,10 @@
 """Run a simulation: check the input, lay out the arrays, drive the compiled loop, collect the result."""
 
 import hashlib
+import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,15 +25,35 @@ from stepcal.simulator.workload import RequestList
 # Rounds of the compiled loop between two looks at the progress bar and at Ctrl-C; well below a second.
 _ROUNDS_PER_VISIT = 1 << 18
 _US_PER_S = 1e6
-_COMPILED_MODULES = ("layout", "compilation", "blocks", "scheduling", "departures", "intake", "rows", "clock", "kernel")
+_COMPILED_MODULES = (
+    "layout",
+    "compilation",
+    "blocks",
+    "scheduling",
+    "departures",
+    "intake",
+    "rows",
+    "clock",
+    "offload",
+    "kernel",
+)
 
 
 class SimulationInterrupted(StepcalError, RuntimeError):
     """A run was stopped before its end; nothing of it is kept."""
 
 
-@cache
+_COMPILING = threading.Lock()
+
+
 def _compiled() -> Callable[..., int]:
+    """The compiled loop; threads that ask for it at the same time get the same one."""
+    with _COMPILING:
+        return _compiled_once()
+
+
+@cache
+def _compiled_once() -> Callable[..., int]:
     folder = Path(__file__).parent
     sources = b"".join((folder / f"{name}.py").read_bytes() for name in _COMPILED_MODULES)
     return compile_advance(hashlib.sha256(sources).hexdigest())
@@ -150,6 +172,8 @@ class EngineRun:
             api_before_us=float(api_before_us),
             timeout_us=float(timeout_s) * _US_PER_S,
             has_abort_times=int(requests.abort_s is not None),
+            usable_blocks=server.usable_blocks,
+            offload_blocks=server.offload_blocks,
         )
         prefixes = _prefixes(requests, server)
         us_per_unit = 1.0 if count_calls else _US_PER_S
@@ -184,7 +208,7 @@ class EngineRun:
                     _ROUNDS_PER_VISIT,
                 )
                 if reason == at.NEEDS_DURATION:
-                    batch = self.recorder.last_batch(self.counts)
+                    batch = replace(self.recorder.last_batch(self.counts), rejected=float(self.clock[at.REJECTED]))
                     self.clock[at.DURATION] = add_components(self.step_time(batch))
                     continue
                 self.recorder.drain(self.counts)

@@ -6,14 +6,14 @@ another workload.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import yaml
 
-from stepcal.errors import InputError
+from stepcal.errors import InputError, NotModelledError
 from stepcal.simulator.arrivals import LoadStage, generate_arrivals
 from stepcal.simulator.layout import Int64Array
 from stepcal.simulator.workload import RequestList
@@ -108,6 +108,17 @@ class SharedPrefixWorkload:
         """Tokens of a prompt."""
         return self.system_prompt_len + self.question_len
 
+    def with_prompt_len(self, tokens: float) -> "SharedPrefixWorkload":
+        """The workload with prompts as long as they were measured; the tokeniser makes more of them than was asked for.
+
+        Parameters
+        ----------
+        tokens : float
+            Typical length of a prompt. Shorter than asked for, or not finite, it changes nothing.
+        """
+        longer = round(tokens) - self.prompt_len if np.isfinite(tokens) else 0
+        return replace(self, question_len=self.question_len + longer) if longer > 0 else self
+
     def segments(self, number: Int64Array, prompt_len: Int64Array) -> tuple[Int64Array, Int64Array, Int64Array]:
         """Prompts as segments: a system prompt and a question.
 
@@ -171,8 +182,10 @@ def read_workload(source: str | Path | Mapping[str, Any]) -> SharedPrefixWorkloa
 
     Raises
     ------
+    NotModelledError
+        If a field asks for what is not modelled; it is named.
     InputError
-        If a field is unknown, missing, or asks for what is not modelled (named in each case).
+        If a field is unknown or missing; it is named.
     """
     document = source if isinstance(source, Mapping) else _parsed(Path(source))
     if not isinstance(document, Mapping):
@@ -184,14 +197,14 @@ def read_workload(source: str | Path | Mapping[str, Any]) -> SharedPrefixWorkloa
     for section, known in _FIXED_FIELDS.items():
         fields = _section(document, section)
         extra = {"data": {"shared_prefix"}, "load": {"stages", "request_timeout"}}.get(section, set())
-        _refuse_unknown(fields, set(known) | _SILENT_FIELDS[section] | extra, f"{section}.")
         for name, values in known.items():
             if name in fields and fields[name] not in values:
-                raise InputError(
+                raise NotModelledError(
                     f"`{section}.{name}: {fields[name]}` is not modelled; it must be one of "
                     f"{', '.join(map(str, values))}. "
                     "Requests of any other kind can be given as a table (`replay_requests`)."
                 )
+        _refuse_unknown(fields, set(known) | _SILENT_FIELDS[section] | extra, f"{section}.")
     shared = _section(data, "shared_prefix", "data.")
     if not shared:
         raise InputError(

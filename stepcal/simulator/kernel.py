@@ -16,6 +16,7 @@ from stepcal.simulator.compilation import cached, inlined
 from stepcal.simulator.departures import finish_requests
 from stepcal.simulator.intake import abort_before_output, abort_due, next_abort, next_arrival, receive
 from stepcal.simulator.layout import FloatArray, Int64Array, Limits, Pool, Record, Requests, Slots, Times
+from stepcal.simulator.offload import calls_until_refresh, refresh_rejected
 from stepcal.simulator.rows import finish_row, is_full, record_call
 from stepcal.simulator.scheduling import (
     admit,
@@ -58,6 +59,7 @@ def _schedule(
     batch: Int64Array,
 ) -> None:
     """One call of ``schedule()``: running requests first, then waiting ones in order. Fills `batch`."""
+    refresh_rejected(limits, slots, pool, counts, clock)
     call = counts[at.N_CALLS]
     counts[at.HAS_ENDED] = 0
     for i in range(batch.size):
@@ -198,6 +200,7 @@ def _jump_limit(
         if has_pending:
             return 0
         n = min(n, next_registration(limits, slots, counts) - call + 1)
+    n = calls_until_refresh(limits, counts, n, has_pending)
     n_free = pool.n[at.N_FREE]
     if n_free < (n // limits.block_size + 1) * n_decode:
         n_cycles = n_free // n_decode
@@ -242,10 +245,11 @@ def _begin_jump(
         Calls made; blocks that calls after the first of them still have to take, once the output before has freed
         what it frees; whether the last call computes anybody's last token; and when its step starts.
     """
+    refresh_rejected(limits, slots, pool, counts, clock)
     call, n_decode = counts[at.N_CALLS], counts[at.N_DECODING]
     is_async = limits.flight_limit > 1
     n_waiting = counts[at.N_PREEMPTED] + counts[at.N_QUEUED]
-    a, b, c = decode_line(times, n_decode, counts[at.SUM_BASE] + n_decode * (call + 1), n_waiting)
+    a, b, c = decode_line(times, n_decode, counts[at.SUM_BASE] + n_decode * (call + 1), n_waiting, clock[at.REJECTED])
     start = clock[at.FLIGHT_END] if is_async else clock[at.NOW]
     event = min(next_arrival(requests, counts)[0], next_abort(limits, requests, counts))
     n = n_most
@@ -382,7 +386,7 @@ def compile_advance(source_digest: str) -> Callable[..., Any]:
                         counts[at.RESUME] = 1
                         return at.NEEDS_DURATION
                     if is_step:
-                        duration = step_duration(times, batch)
+                        duration = step_duration(times, batch, clock[at.REJECTED])
 
             if n_most:
                 jump = _begin_jump(limits, requests, slots, pool, times, counts, clock, record, n_most)

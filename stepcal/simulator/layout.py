@@ -67,7 +67,8 @@ N_ROW_PREEMPTED = 29
 N_ROW_CACHED = 30
 N_DRAWN = 31  # steps drawn for the sample of steps
 RESUME = 32  # 1 if the loop waits for the duration of the step it just scheduled
-SIZE_COUNTS = 33
+HAS_CHANGED = 33  # 1 if `REJECTED` is to be computed anew: a request was admitted, preempted or has ended
+SIZE_COUNTS = 34
 
 # Elements of a batch: what the step time depends on.
 PREFILL_REQS, PREFILL_TOKENS, PREFILL_KV, PREFILL_PAIRS, DECODE_REQS, DECODE_KV, N_WAITING, HAS_FINISH = range(8)
@@ -78,7 +79,8 @@ NOW = 0
 FLIGHT_END = 1  # two elements
 GPU_FREE = 3
 DURATION = 4  # given from outside for the step in `RESUME`
-SIZE_CLOCK = 5
+REJECTED = 5  # requests, not a time: see `offload`
+SIZE_CLOCK = 6
 
 
 class Limits(NamedTuple):
@@ -96,6 +98,8 @@ class Limits(NamedTuple):
     api_before_us: float
     timeout_us: float
     has_abort_times: int
+    usable_blocks: int
+    offload_blocks: int  # of the pool in CPU memory, 0 without one
 
 
 # One row a request: what it asks for and what became of it.
@@ -226,6 +230,7 @@ class Times(NamedTuple):
     host_constant_us: float
     host_requests_us: FloatArray
     host_waiting_us: float
+    host_rejected_us: float
     floor_us: float
     overlap: int
 

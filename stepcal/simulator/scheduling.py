@@ -145,6 +145,7 @@ def _preempt_last(
     slots.rows.known[slot] = slots.rows.prompt[slot] + slots.rows.generated[slot]
     slots.preempted[counts[at.N_PREEMPTED]] = slot
     counts[at.N_PREEMPTED] += 1
+    counts[at.HAS_CHANGED] = 1
     counts[at.N_PREEMPTIONS] += 1
     counts[at.IS_BLOCKED] = 0
     requests.rows.preemptions[request] += 1
@@ -318,4 +319,5 @@ def admit(
         slots.running_finish[i] = at.NEVER
         counts[at.PREFILL_SLOT] = slot
     counts[at.N_RUNNING] = i + 1
+    counts[at.HAS_CHANGED] = 1
     return chunk, cached

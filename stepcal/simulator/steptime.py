@@ -30,12 +30,15 @@ class StepBatch:
         Context of each decoding request.
     waiting : int
         Requests left in the queue.
+    rejected : float
+        Requests whose blocks the offload pool has no room for, see `stepcal.simulator.offload`.
     """
 
     prefill_chunk_tokens: Int32Array
     prefill_kv_lens: Int32Array
     decode_kv_lens: Int32Array
     waiting: int
+    rejected: float = 0.0
 
     @property
     def prefill_tokens(self) -> int:
@@ -83,8 +86,8 @@ class CompiledStepTime:
 
     The GPU takes ``constant + tokens[T] + prefill_tokens[P] + requests[B] + decode_requests[D] + batch[P, D] + kv * decode
     KV tokens + prefill_kv * prefill KV tokens + prefill_pair * pairs + waiting * W + queue[W]``, the host ``host_constant +
-    host_requests[B] + host_waiting * W``, for a step of P prefill tokens and D decoding requests, T = P + D tokens, B
-    requests and W left waiting.
+    host_requests[B] + host_waiting * W + host_rejected * R``, for a step of P prefill tokens and D decoding requests, T =
+    P + D tokens, B requests, W left waiting and R that the offload pool rejects.
 
     Parameters
     ----------
@@ -101,6 +104,8 @@ class CompiledStepTime:
         Per query-context pair of prefill attention.
     waiting_us, host_waiting_us : float
         Per request that waits.
+    host_rejected_us : float
+        Per request that the offload pool rejects (`stepcal.simulator.offload`).
     queue_us : array_like of float, shape (n,), or scalar
         Time by the number of requests that wait; the last element holds beyond it.
     host_constant_us : float
@@ -125,6 +130,7 @@ class CompiledStepTime:
     host_constant_us: float = 0.0
     host_requests_us: ArrayLike = 0.0
     host_waiting_us: float = 0.0
+    host_rejected_us: float = 0.0
     combine: str = "sum"
     floor_us: float = 0.0
 
@@ -136,6 +142,10 @@ class CompiledStepTime:
         for field in fields(self):
             if field.name != "combine":
                 self._check(field.name, np.asarray(getattr(self, field.name), dtype=np.float64))
+
+    def same_as(self, other: "CompiledStepTime") -> bool:
+        """Whether all terms are equal to the last bit, so that a simulation is the same with either."""
+        return all(np.array_equal(getattr(self, field.name), getattr(other, field.name)) for field in fields(self))
 
     def _check(self, name: str, values: FloatArray) -> None:
         most = 2 if name == "batch_us" else 1
@@ -180,6 +190,7 @@ class CompiledStepTime:
             float(self.host_constant_us),
             self._table("host_requests_us", n_requests, "max_num_seqs"),
             float(self.host_waiting_us),
+            float(self.host_rejected_us),
             float(self.floor_us),
             int(overlap),
         )
@@ -232,6 +243,7 @@ class CompiledStepTime:
             "queue_us": float(np.ravel(self.queue_us)[min(batch.waiting, np.size(self.queue_us) - 1)]),
         }
         host = self.host_constant_us + at("host_requests_us", batch.requests) + self.host_waiting_us * batch.waiting
+        host += self.host_rejected_us * batch.rejected
         busy = sum(gpu.values())
         total = max(self.floor_us, max(busy, host) if self.combine == "max" else busy + host)
         return {**gpu, "host and floor": total - busy}
@@ -265,4 +277,4 @@ def add_components(duration: float | Mapping[str, float]) -> float:
 def dummy_times() -> Times:
     """Tables for a run whose durations come from outside."""
     one = np.zeros(1)
-    return Times(0.0, one, one, one, one, np.zeros((1, 1)), 0.0, 0.0, 0.0, 0.0, one, 0.0, one, 0.0, 0.0, 0)
+    return Times(0.0, one, one, one, one, np.zeros((1, 1)), 0.0, 0.0, 0.0, 0.0, one, 0.0, one, 0.0, 0.0, 0.0, 0)

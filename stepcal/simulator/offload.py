@@ -1,0 +1,45 @@
+"""The pool in CPU memory that vLLM copies KV blocks to, as far as it costs time: requests whose blocks it has no room for.
+
+With KV offloading on, vLLM 0.15.1 copies every new full block to a pool in CPU memory. The blocks of a request in flight
+cannot be evicted from it until the request ends (`OffloadingConnectorScheduler` completes a store only then). Once the
+requests in flight hold more blocks than the pool has, whoever comes later is rejected, and asks again in every step: a scan
+of the whole pool and a warning in the log, each time, inside ``schedule()``.
+
+Who holds the pool is not simulated block by block, see `stepcal.offloading.rejected_requests` for the estimate.
+"""
+
+from stepcal.simulator import layout as at
+from stepcal.simulator.compilation import inlined
+from stepcal.simulator.layout import FloatArray, Int64Array, Limits, Pool, Slots
+
+REFRESH_CALLS = 64
+"""Calls after which the number of rejected requests is computed anew where no request came or went."""
+
+
+@inlined
+def refresh_rejected(limits: Limits, slots: Slots, pool: Pool, counts: Int64Array, clock: FloatArray) -> None:
+    """Compute the requests that the pool rejects, before a call is made, if requests came or went since the last one."""
+    if limits.offload_blocks == 0:
+        return
+    if counts[at.HAS_CHANGED] == 0 and counts[at.N_CALLS] % REFRESH_CALLS:
+        return
+    counts[at.HAS_CHANGED] = 0
+    held = limits.usable_blocks - pool.n[at.N_FREE]
+    clock[at.REJECTED] = 0.0
+    n_running, n_output = counts[at.N_RUNNING], 0
+    if held > limits.offload_blocks and n_running > 0:
+        for i in range(n_running):
+            n_output += slots.rows.output[slots.running[i]]
+        satisfied = n_running * limits.offload_blocks / held
+        waits = min(1.0, n_output / (2.0 * limits.block_size * n_running * n_running))
+        clock[at.REJECTED] = n_running - satisfied * (1.0 - waits)
+
+
+@inlined
+def calls_until_refresh(limits: Limits, counts: Int64Array, n: int, has_pending: bool) -> int:
+    """Shorten a run of `n` calls so that none of them would have computed the number anew."""
+    if limits.offload_blocks == 0:
+        return n
+    if has_pending:  # a request ends after the first of these calls
+        return min(n, 1)
+    return min(n, REFRESH_CALLS - counts[at.N_CALLS] % REFRESH_CALLS)
