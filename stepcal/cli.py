@@ -196,6 +196,10 @@ def simulate(
     async_scheduling: Annotated[
         bool, typer.Option("--async-scheduling/--no-async-scheduling", help="Schedule a step while the last one runs.")
     ] = True,
+    kv_offloading_gib: Annotated[
+        float,
+        typer.Option("--kv-offloading-gib", help="`kv_offloading_size`: pool for KV in CPU memory, 0 for none."),
+    ] = 0.0,
     workload: Annotated[
         Path | None, typer.Option("--workload", help="inference-perf profile.yaml or results/config.yaml.")
     ] = None,
@@ -253,6 +257,7 @@ def simulate(
         accelerator=accelerator,
         tensor_parallel=tp,
         server=server,
+        kv_offloading_gib=kv_offloading_gib,
         workload=workload,
         requests=requests,
         experiment=experiment,

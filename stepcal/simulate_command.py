@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from stepcal.datasets import read_requests_parquet
 from stepcal.errors import InputError
 from stepcal.files import refuse_unwritable, write_bytes_atomically
 from stepcal.hardware import load_accelerator
+from stepcal.offloading import offload_blocks
 from stepcal.simulator import (
     RequestList,
     ServerConfig,
@@ -41,6 +42,7 @@ class SimulateOptions:
     accelerator: str
     tensor_parallel: int
     server: ServerConfig
+    kv_offloading_gib: float
     workload: Path | None
     requests: Path | None
     experiment: str | None
@@ -66,13 +68,15 @@ def run_simulation(options: SimulateOptions, on_progress: Progress | None = None
     if options.steps is not None:
         refuse_unwritable(options.steps)
     architecture = resolve_architecture(options.architecture)
+    pool = offload_blocks(architecture, options.kv_offloading_gib, block_size=options.server.block_size)
+    server = replace(options.server, offload_blocks=pool)
     coefficients = load_coefficients(options.coefficients)
     if options.experiment is not None:
         coefficients = coefficients.of_experiment(options.experiment)
     clock = coefficients.clock(
         architecture,
         load_accelerator(options.accelerator),
-        options.server,
+        server,
         tensor_parallel=architecture.check_tensor_parallel(options.tensor_parallel),
     )
     requests, timeout_s, name = _requests(options)
@@ -80,7 +84,7 @@ def run_simulation(options: SimulateOptions, on_progress: Progress | None = None
     before_us, after_us = options.api_before_us, options.api_after_us
     result = simulate(
         requests,
-        options.server,
+        server,
         clock,
         timeout_s=timeout_s if options.timeout_s is None else options.timeout_s,
         api_before_us=learned["api_before_us"] if before_us is None else before_us,
