@@ -252,7 +252,7 @@ def workload_jacobian(
 def interval_residuals(level: RequestLevel, theta: FloatArray) -> FloatArray:
     """Whitened log errors of decode intervals; all rows of an experiment together weigh as one figure of it."""
     predicted = PhysicalModel().predict_us(theta[:N_STEP], level.features)
-    sigma, share = _interval_scales(level)
+    sigma, share = interval_scales(level)
     return share * soft(np.log(predicted / level.rows["interval_us"].to_numpy(dtype=float)) / sigma)
 
 
@@ -261,7 +261,7 @@ def interval_jacobian(level: RequestLevel, theta: FloatArray) -> FloatArray:
     model = PhysicalModel()
     predicted = model.predict_us(theta[:N_STEP], level.features)
     relative = model.gradient_us(theta[:N_STEP], level.features) * theta[:N_STEP] / predicted[:, None]
-    sigma, share = _interval_scales(level)
+    sigma, share = interval_scales(level)
     slope = soft_slope(np.log(predicted / level.rows["interval_us"].to_numpy(dtype=float)) / sigma)
     api = np.zeros((len(relative), len(PARAMETERS) - N_STEP))
     return (share * slope / sigma)[:, None] * np.hstack([relative, api])
@@ -285,7 +285,7 @@ def soft_slope(errors: FloatArray) -> FloatArray:
     return np.where(small, 1.0, scaled / (height * root))
 
 
-def _interval_scales(level: RequestLevel) -> tuple[FloatArray, FloatArray]:
+def interval_scales(level: RequestLevel) -> tuple[FloatArray, FloatArray]:
     """Sigma of each row, and the share of its experiment's weight that it has."""
     sizes = level.rows.groupby("experiment_id")["interval_us"].transform("size").to_numpy(dtype=float)
     sigma = np.where(level.rows["overloaded"], SIGMA_OVERLOADED["tpot"], SIGMA_INTERVAL)
@@ -330,9 +330,8 @@ def calibrate(
     priors = np.log([p.start for p in PARAMETERS])
     scale = np.array([p.prior_log_sd for p in PARAMETERS])
     labels: list[str] = []
-    known: dict[
-        bytes, FloatArray
-    ] = {}  # the optimiser asks for residuals and then for their Jacobian at the same place
+    # The optimiser asks for residuals and then for their Jacobian at the same place.
+    known: dict[bytes, FloatArray] = {}
 
     def residuals(x: FloatArray) -> FloatArray:
         theta, parts = np.exp(x), []

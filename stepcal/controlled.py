@@ -160,7 +160,7 @@ def known_steps(experiment: Experiment, seed: int) -> KnownSteps:
     ]
     has_work = (table["prefill_tokens"] + table["decode_tokens"]) > 0
     table = table[has_work].reset_index(drop=True)
-    features = _features(table, experiment)
+    features = table_features(table, experiment)
     return KnownSteps(experiment, table, features, PhysicalModel().predict_us(np.array(TRUTH), features))
 
 
@@ -239,7 +239,7 @@ def _sums_only(server: KnownSteps) -> PhysicalFeatures:
     """Contexts of the decoding requests summed; prompts as if computed from their first token, all in one request."""
     prefill = server.table["prefill_tokens"].to_numpy(dtype=float)
     table = server.table.assign(prefill_pairs=prefill * (prefill + 1) / 2, prefill_kv_tokens=prefill)
-    return _features(table, server.experiment)
+    return table_features(table, server.experiment)
 
 
 def _hidden(server: KnownSteps) -> PhysicalFeatures:
@@ -251,13 +251,14 @@ def _hidden(server: KnownSteps) -> PhysicalFeatures:
     table = server.table.assign(
         decode_kv_tokens=guess, prefill_pairs=prefill * (prefill + 1) / 2, prefill_kv_tokens=prefill
     )
-    return _features(table, server.experiment)
+    return table_features(table, server.experiment)
 
 
 _SEEN: dict[str, Callable[[KnownSteps], PhysicalFeatures]] = {"kv_sums_only": _sums_only, "kv_hidden": _hidden}
 
 
-def _features(table: pd.DataFrame, experiment: Experiment) -> PhysicalFeatures:
+def table_features(table: pd.DataFrame, experiment: Experiment) -> PhysicalFeatures:
+    """Features of simulated steps (`KnownSteps.table`), in their order."""
     columns = {
         "decode_requests": "decode_tokens",
         "kv_tokens": "decode_kv_tokens",

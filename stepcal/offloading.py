@@ -12,12 +12,11 @@ from numpy.typing import ArrayLike, NDArray
 
 from stepcal.architecture import ModelArchitecture
 from stepcal.errors import InputError
+from stepcal.step_work import kv_bytes_per_token
 
 FloatArray = NDArray[np.float64]
 
 BYTES_PER_GIB = 1 << 30
-BYTES_PER_KV_VALUE = 2
-"""BF16 and FP16 alike."""
 STUDY_OFFLOAD_GIB = 8.0
 """Size of the pool of the 16 servers, which their published settings do not name. Read off the label: ``schedule()`` jumps
 from microseconds to milliseconds where the KV blocks in use pass 8 GiB, for two models whose blocks differ in size."""
@@ -45,9 +44,7 @@ def offload_blocks(architecture: ModelArchitecture, gib: float, *, block_size: i
     """
     if not (np.isfinite(gib) and gib >= 0):
         raise InputError(f"`gib` is {gib}; the size of the offload pool must be finite and at least 0 (no offloading).")
-    a = architecture
-    block_bytes = 2.0 * a.num_kv_heads * a.head_dim * a.num_layers * BYTES_PER_KV_VALUE * block_size
-    return int(gib * BYTES_PER_GIB // block_bytes)
+    return int(gib * BYTES_PER_GIB // (block_size * kv_bytes_per_token(architecture)))
 
 
 def rejected_requests(

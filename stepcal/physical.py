@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 from stepcal.architecture import ModelArchitecture
 from stepcal.errors import InputError
 from stepcal.hardware import Accelerator
-from stepcal.physical_parameters import STEP_PARAMETERS, PhysicalParameter
+from stepcal.physical_parameters import STEP_PARAMETERS
 from stepcal.simulator import CompiledStepTime, ServerConfig, StepBatch
 from stepcal.step_work import (
     COLLECTIVES_PER_LAYER,
@@ -51,13 +51,6 @@ class PhysicalModel:
     The prediction is linear in them but for ``max(f_hbm weights, GEMM)``, ``max(GPU, host)`` and the all-reduce, which takes
     one stage or two, whichever is faster.
     """
-
-    name: str = "default"
-
-    @property
-    def parameters(self) -> tuple[PhysicalParameter, ...]:
-        """The parameters, in the order of `theta`."""
-        return STEP_PARAMETERS
 
     def predict_us(self, theta: FloatArray, features: PhysicalFeatures) -> FloatArray:
         """Step times, shape (n_steps,), microseconds."""

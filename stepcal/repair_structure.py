@@ -15,12 +15,12 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy.optimize import least_squares
 
-from stepcal.calibration import SIGMA_INTERVAL, SIGMA_OVERLOADED, soft
-from stepcal.controlled import TRUTH, known_steps
+from stepcal.calibration import interval_scales, soft
+from stepcal.controlled import TRUTH, known_steps, table_features
 from stepcal.end_to_end import Experiment
 from stepcal.errors import InputError
 from stepcal.metrics import PERCENT
-from stepcal.physical import AT, NS_PER_US, PhysicalFeatures, PhysicalModel, physical_features
+from stepcal.physical import AT, NS_PER_US, PhysicalFeatures, PhysicalModel
 from stepcal.physical_parameters import STEP_PARAMETERS, PhysicalParameter
 from stepcal.request_level import RequestLevel, training_rows
 
@@ -205,8 +205,7 @@ def fit_form(form: Form, rows: RequestLevel) -> FormFit:
     """
     if rows.rows.empty:
         raise InputError("`rows` has no request to fit. Give the training rows of at least one experiment.")
-    sizes = rows.rows.groupby("experiment_id")["interval_us"].transform("size").to_numpy(dtype=float)
-    sigma = np.where(rows.rows["overloaded"], SIGMA_OVERLOADED["tpot"], SIGMA_INTERVAL)
+    sigma, share = interval_scales(rows)
     measured = rows.rows["interval_us"].to_numpy(dtype=float)
     priors, scale = (
         np.array(v) for v in zip(*((np.log(p.start), p.prior_log_sd) for p in form.parameters), strict=True)
@@ -215,7 +214,7 @@ def fit_form(form: Form, rows: RequestLevel) -> FormFit:
 
     def residuals(x: FloatArray) -> FloatArray:
         errors = np.log(form.predict_us(np.exp(x), rows.features) / measured) / sigma
-        return np.concatenate([soft(errors) / np.sqrt(sizes), (x - priors) / scale])
+        return np.concatenate([share * soft(errors), (x - priors) / scale])
 
     solution = least_squares(residuals, priors, jac="3-point", bounds=(low, high), x_scale=scale)
     return FormFit(
@@ -317,7 +316,8 @@ def sums_against_requests(experiments: Sequence[Experiment], *, seed: int = 0) -
             known = known_steps(replace(experiment, workload=workload, server=server), seed)
             prefill = known.table["prefill_tokens"].to_numpy(dtype=float)
             pairs = prefill * (prefill + 1.0) / 2.0
-            guessed = PhysicalModel().predict_us(theta, _with_pairs(known.table, known.experiment, pairs))
+            without = table_features(known.table.assign(prefill_pairs=pairs), known.experiment)
+            guessed = PhysicalModel().predict_us(theta, without)
             change = PERCENT * (guessed / known.true_us - 1.0)
             mixed = prefill > 0
             half_blocks = known.features.requests * experiment.architecture.num_layers / 2.0
@@ -336,18 +336,3 @@ def sums_against_requests(experiments: Sequence[Experiment], *, seed: int = 0) -
                 }
             )
     return pd.DataFrame(rows)
-
-
-def _with_pairs(table: pd.DataFrame, experiment: Experiment, pairs: FloatArray) -> PhysicalFeatures:
-    return physical_features(
-        experiment.architecture,
-        experiment.accelerator,
-        tensor_parallel=experiment.tensor_parallel,
-        decode_requests=table["decode_tokens"].to_numpy(dtype=float),
-        kv_tokens=table["decode_kv_tokens"].to_numpy(dtype=float),
-        prefill_tokens=table["prefill_tokens"].to_numpy(dtype=float),
-        prefill_requests=table["num_prefill_reqs"].to_numpy(dtype=float),
-        prefill_kv_tokens=table["prefill_kv_tokens"].to_numpy(dtype=float),
-        prefill_pairs=pairs,
-        block_size=experiment.server.block_size,
-    )

@@ -280,10 +280,9 @@ def _offload_blocks(
         raise InputError(f"{settings.path}: `{OFFLOAD_KEY}` is {gib!r}; it must be a number of GiB, 0 for none.")
     size = ServerConfig.block_size if block_size is None else block_size
     blocks = offload_blocks(architecture, gib or 0.0, block_size=size)
+    whose = ", as on the study's servers," if assumed_gib == STUDY_OFFLOAD_GIB else ""
     is_assumed = given is None and assumed_gib is not None
-    note = (
-        f"`{OFFLOAD_KEY}` is absent; {assumed_gib:g} GiB, as on the study's servers, was assumed." if is_assumed else ""
-    )
+    note = f"`{OFFLOAD_KEY}` is absent; {assumed_gib:g} GiB{whose} was assumed." if is_assumed else ""
     return blocks, [note] if note else []
 
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import pytest
+from simulated_requests import TIMEOUT_S, measured_table
 
 from stepcal.calibration import (
     N_STEP,
@@ -58,21 +59,8 @@ def simulated(experiment, theta):
         experiment.server,
         tensor_parallel=experiment.tensor_parallel,
     )
-    result = simulate(
-        requests, experiment.server, clock, timeout_s=300.0, api_before_us=float(theta[N_STEP])
-    ).request_table()
-    table = pd.DataFrame(
-        {
-            "experiment_id": experiment.experiment_id,
-            "index": np.arange(len(result)),
-            "arrival_time_us": np.rint(result["arrival_s"] * 1e6).astype(int),
-            "prompt_tokens": result["prompt_tokens"],
-            "output_tokens": result["output_tokens"],
-            "has_error": result["e2e_s"].isna(),
-            "e2e_s": result["e2e_s"].fillna(300.0),
-            "ttft_s": result["ttft_s"].fillna(300.0),
-        }
-    )
+    result = simulate(requests, experiment.server, clock, timeout_s=TIMEOUT_S, api_before_us=float(theta[N_STEP]))
+    table = measured_table(result, experiment.experiment_id)
     return replace(experiment, requests=table)
 
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import pytest
+from simulated_requests import TIMEOUT_S, measured_table
 
 from stepcal.calibration import N_STEP, PARAMETERS
 from stepcal.datasets import experiments
@@ -49,24 +50,12 @@ def simulated(experiment):
         workload.requests("poisson", seed=3),
         experiment.server,
         clock,
-        timeout_s=300.0,
+        timeout_s=TIMEOUT_S,
         api_before_us=float(PLANTED[N_STEP]),
         record_steps=1.0,
         experiment_id=experiment.experiment_id,
     )
-    table = result.request_table()
-    requests = pd.DataFrame(
-        {
-            "experiment_id": experiment.experiment_id,
-            "index": np.arange(len(table)),
-            "arrival_time_us": np.rint(table["arrival_s"] * 1e6).astype(int),
-            "prompt_tokens": table["prompt_tokens"],
-            "output_tokens": table["output_tokens"],
-            "has_error": table["e2e_s"].isna(),
-            "e2e_s": table["e2e_s"],
-            "ttft_s": table["ttft_s"],
-        }
-    )
+    requests = measured_table(result, experiment.experiment_id)
     steps = result.step_table().to_pandas()
     # The record has when the GPU began a step; a trace has when the scheduler was called, one step earlier.
     called = steps["ts_start_ns"].shift(GPU_LAG_STEPS)

@@ -17,13 +17,11 @@ Times are of the machine that the script runs on; the file names it. Log records
 """
 
 import argparse
-import datetime
 import gc
 import inspect
 import json
 import logging
 import os
-import platform
 import random
 import sys
 import tempfile
@@ -37,7 +35,7 @@ os.environ["VLLM_LOGGING_LEVEL"] = "WARNING"  # the warning of each rejection is
 
 import record_vllm
 from record_vllm import VirtualDevice, add_request, make_engine, vllm_version
-from time_vllm_schedule import NS_PER_US, QUANTILES, cpu_name, quantile
+from time_vllm_schedule import NS_PER_US, QUANTILES, quantile, write_timing
 from vllm.config import KVTransferConfig
 from vllm.distributed.kv_transfer.kv_connector.v1 import offloading_connector
 from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
@@ -282,23 +280,9 @@ def main() -> int:
                 f"schedule {last['p50_us']} µs ({time.monotonic() - started:.0f} s)",
                 file=sys.stderr,
             )
-    provenance = {
-        "kind": "measured by stepcal on a CPU, no GPU",
-        "recorded": datetime.date.today().isoformat(),
-        "vllm": vllm_version,
-        "python": platform.python_version(),
-        "cpu": cpu_name(),
-        "cores": os.cpu_count(),
-        "load_average": os.getloadavg()[0],
-        "seconds": given.seconds,
-        "pool_gib": POOL_GIB,
-        "smaller_pool_gib": SMALLER_POOL_GIB,
-        "data_sha256": "",
-    }
-    tables = {"timing": {name: [row[name] for row in rows] for name in rows[0]}}
-    given.out.write_text(
-        json.dumps({"provenance": provenance, "texts": {}, "tables": tables}, separators=(",", ":")) + "\n"
-    )
+    table = {name: [row[name] for row in rows] for name in rows[0]}
+    sizes = {"pool_gib": POOL_GIB, "smaller_pool_gib": SMALLER_POOL_GIB}
+    write_timing(given.out, table, seconds=given.seconds, **sizes)
     return 0
 
 

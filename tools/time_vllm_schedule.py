@@ -136,6 +136,23 @@ def cpu_name() -> str:
     return platform.processor()
 
 
+def write_timing(path: Path, rows: dict[str, list], **about: Any) -> None:
+    """Write the table ``timing`` as data/recorded/ holds it, with the machine and what else was given."""
+    provenance = {
+        "kind": "measured by stepcal on a CPU, no GPU",
+        "recorded": datetime.date.today().isoformat(),
+        "vllm": vllm_version,
+        "python": platform.python_version(),
+        "cpu": cpu_name(),
+        "cores": os.cpu_count(),
+        "load_average": os.getloadavg()[0],
+        **about,
+        "data_sha256": "",
+    }
+    content = {"provenance": provenance, "texts": {}, "tables": {"timing": rows}}
+    path.write_text(json.dumps(content, separators=(",", ":")) + "\n")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
@@ -169,20 +186,7 @@ def main() -> int:
             median = [rows["p50_us"][-2], rows["p50_us"][-1]]
             what = f"{n_running:4d} running, {n_waiting} waiting, {int(with_thread)} threads"
             print(f"{what}: schedule {median[0]} µs, update {median[1]} µs", file=sys.stderr)
-    provenance = {
-        "kind": "measured by stepcal on a CPU, no GPU",
-        "recorded": datetime.date.today().isoformat(),
-        "vllm": vllm_version,
-        "python": platform.python_version(),
-        "cpu": cpu_name(),
-        "cores": os.cpu_count(),
-        "load_average": os.getloadavg()[0],
-        "config": CONFIG,
-        "prompt_tokens": PROMPT_TOKENS,
-        "data_sha256": "",
-    }
-    content = {"provenance": provenance, "texts": {}, "tables": {"timing": rows}}
-    given.out.write_text(json.dumps(content, separators=(",", ":")) + "\n")
+    write_timing(given.out, rows, config=CONFIG, prompt_tokens=PROMPT_TOKENS)
     return 0
 
 

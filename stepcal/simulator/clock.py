@@ -31,7 +31,6 @@ def step_duration(times: Times, batch: Int64Array, rejected: float) -> float:
         + times.decode_requests_us[n_decode]
         + times.kv_us * batch[at.DECODE_KV]
         + times.waiting_us * batch[at.N_WAITING]
-        + times.queue_us[min(batch[at.N_WAITING], times.queue_us.size - 1)]
     )
     if times.batch_us.shape[1] > 1:
         gpu += times.batch_us[batch[at.PREFILL_TOKENS], n_decode]
@@ -67,7 +66,6 @@ def decode_line(
         + times.decode_requests_us[n_decode]
         + times.kv_us * kv_tokens
         + times.waiting_us * n_waiting
-        + times.queue_us[min(n_waiting, times.queue_us.size - 1)]
     )
     if times.batch_us.shape[1] > 1:
         gpu += times.batch_us[0, n_decode]

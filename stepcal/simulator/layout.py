@@ -226,7 +226,6 @@ class Times(NamedTuple):
     prefill_kv_us: float
     prefill_pair_us: float
     waiting_us: float
-    queue_us: FloatArray
     host_constant_us: float
     host_requests_us: FloatArray
     host_waiting_us: float

@@ -85,7 +85,7 @@ class CompiledStepTime:
     """A step time affine in KV tokens, with tables over tokens and requests. All in microseconds.
 
     The GPU takes ``constant + tokens[T] + prefill_tokens[P] + requests[B] + decode_requests[D] + batch[P, D] + kv * decode
-    KV tokens + prefill_kv * prefill KV tokens + prefill_pair * pairs + waiting * W + queue[W]``, the host ``host_constant +
+    KV tokens + prefill_kv * prefill KV tokens + prefill_pair * pairs + waiting * W``, the host ``host_constant +
     host_requests[B] + host_waiting * W + host_rejected * R``, for a step of P prefill tokens and D decoding requests, T =
     P + D tokens, B requests, W left waiting and R that the offload pool rejects.
 
@@ -106,8 +106,6 @@ class CompiledStepTime:
         Per request that waits.
     host_rejected_us : float
         Per request that the offload pool rejects (`stepcal.simulator.offload`).
-    queue_us : array_like of float, shape (n,), or scalar
-        Time by the number of requests that wait; the last element holds beyond it.
     host_constant_us : float
     combine : {"sum", "max"}
         Whether host and GPU take turns or overlap. Only asynchronous scheduling can overlap them; without it they
@@ -126,7 +124,6 @@ class CompiledStepTime:
     prefill_kv_us: float = 0.0
     prefill_pair_us: float = 0.0
     waiting_us: float = 0.0
-    queue_us: ArrayLike = 0.0
     host_constant_us: float = 0.0
     host_requests_us: ArrayLike = 0.0
     host_waiting_us: float = 0.0
@@ -186,7 +183,6 @@ class CompiledStepTime:
             float(self.prefill_kv_us),
             float(self.prefill_pair_us),
             float(self.waiting_us),
-            np.array(self.queue_us, dtype=np.float64, ndmin=1),
             float(self.host_constant_us),
             self._table("host_requests_us", n_requests, "max_num_seqs"),
             float(self.host_waiting_us),
@@ -240,7 +236,6 @@ class CompiledStepTime:
             "prefill_kv_us": self.prefill_kv_us * batch.prefill_kv_tokens,
             "prefill_pair_us": self.prefill_pair_us * batch.prefill_pairs,
             "waiting_us": self.waiting_us * batch.waiting,
-            "queue_us": float(np.ravel(self.queue_us)[min(batch.waiting, np.size(self.queue_us) - 1)]),
         }
         host = self.host_constant_us + at("host_requests_us", batch.requests) + self.host_waiting_us * batch.waiting
         host += self.host_rejected_us * batch.rejected
@@ -277,4 +272,4 @@ def add_components(duration: float | Mapping[str, float]) -> float:
 def dummy_times() -> Times:
     """Tables for a run whose durations come from outside."""
     one = np.zeros(1)
-    return Times(0.0, one, one, one, one, np.zeros((1, 1)), 0.0, 0.0, 0.0, 0.0, one, 0.0, one, 0.0, 0.0, 0.0, 0)
+    return Times(0.0, one, one, one, one, np.zeros((1, 1)), 0.0, 0.0, 0.0, 0.0, 0.0, one, 0.0, 0.0, 0.0, 0)
