@@ -46,10 +46,11 @@ $(INSTALLED): requirements.lock pyproject.toml
 report: $(INSTALLED) ## run the notebooks and build the book: _build/html/index.html
 	$(BIN)/stepcal report
 
-test: $(INSTALLED) ## lint, formatting, types, then the tests (more options: PYTEST_ARGS="--cov=stepcal")
+test: $(INSTALLED) ## lint, formatting, types, import order, then the tests (more options: PYTEST_ARGS="--cov=stepcal")
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 lab: $(INSTALLED) ## open the book's notebooks in JupyterLab

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import numpy as np
 
-from stepcal.calibration import prepare_runs, workload_jacobian, workload_residuals
+from stepcal.calibration.closed_loop import prepare_runs, workload_jacobian, workload_residuals
 from stepcal.datasets import load_requests
-from stepcal.end_to_end import load_experiments
-from stepcal.repair import frozen_theta
+from stepcal.step_time.coefficients import frozen_theta
+from stepcal.studies.published_runs import load_experiments
 
 
 def time_gradient(data: Path | None, workers: int, repeats: int) -> None:

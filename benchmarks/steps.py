@@ -11,12 +11,12 @@ import resource
 import time
 from collections.abc import Callable
 
-from stepcal.corrections import Global9, Model36, Phase16, StepFeatures
+from stepcal.calibration.least_squares import fit
 from stepcal.datasets import simulated_step_rows
-from stepcal.decomposition import decompose
-from stepcal.fitting import fit
-from stepcal.hardware import load_accelerator
-from stepcal.splits import temporal_split
+from stepcal.datasets.splits import temporal_split
+from stepcal.specs.hardware import load_accelerator
+from stepcal.step_time.corrections import Global9, Model36, Phase16, StepFeatures
+from stepcal.step_time.decomposition import decompose
 
 REPEATS = 5
 

@@ -10,11 +10,11 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from stepcal.errors import InputError
+from stepcal.units import PERCENT, FloatArray
 
-PERCENT = 100.0
 SMALLEST_PREDICTION_US = 1.0
 """Predictions are floored here before a logarithm is taken, as the study floors its models' output."""
 BLOCK_STEPS = 100
@@ -22,7 +22,6 @@ BLOCK_STEPS = 100
 BOOTSTRAP_RESAMPLES = 1_000
 CONFIDENCE = 0.95
 
-FloatArray = NDArray[np.float64]
 Metric = Callable[[ArrayLike, ArrayLike], float]
 
 

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import settings
 
 from stepcal.datasets.catalogue import load_steps
-from stepcal.hardware import Accelerator, load_accelerator
 from stepcal.locations import project_root
+from stepcal.specs.hardware import Accelerator, load_accelerator
 
 # The same examples on every machine, however slow it is at the moment; a bug hunt may raise the number.
 settings.register_profile("stepcal", max_examples=40, deadline=None, derandomize=True)

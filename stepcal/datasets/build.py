@@ -21,20 +21,16 @@ from typing import Any
 import pandas as pd
 import yaml
 
-from stepcal.architecture import ModelArchitecture
-from stepcal.datasets.facts import TABLES
+from stepcal.datasets.facts import OVERLOADED_BELOW_SHARE, TABLES
 from stepcal.datasets.kernels import DECODE_FILES, GEMM_FILE, PREFILL_FILES, summarise_kernels
 from stepcal.datasets.lifecycle import read_lifecycle_summary, read_load_summary
 from stepcal.datasets.readers import read_requests_parquet
 from stepcal.datasets.tables import checked_table, content_sha256
 from stepcal.errors import InputError
-
-OVERLOADED_BELOW_SHARE = 0.95
-"""Completed over requested rate below which a run is overloaded. Chosen: the runs lie above 0.99 or below 0.81."""
+from stepcal.specs.architecture import ModelArchitecture
 
 GPU = "h100-sxm"
 LICENSE = "Apache-2.0"
-
 _EXPERIMENT_NAME = re.compile(r"^\d{8}-\d{6}-(?P<model>.+)-tp(?P<tensor_parallel>\d+)-(?P<workload>[a-z]+)$")
 _STUDY = "inference-sim/inference-sim, branch stepml-experiments"
 _RUNS = "inference-sim public repositories (inference-sim, training, sim-to-real-accuracy-validation)"
@@ -58,7 +54,6 @@ _MODELS = (
     _Model("mixtral-8x7b", "mistralai/Mixtral-8x7B-v0.1", ("mixtral-8x7b-v0-1",)),
 )
 _CANONICAL_NAMES = {named: model.name for model in _MODELS for named in (model.name, *model.other_names)}
-
 _COMPONENT_NAMES = {
     "prefill_gemm_us": "prefill_gemm",
     "prefill_attn_us": "prefill_attn",

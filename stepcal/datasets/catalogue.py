@@ -21,6 +21,7 @@ from stepcal.datasets.request_join import REPLAY_FOLDER, join_requests
 from stepcal.datasets.schemas import PREDICTION_SCHEMA
 from stepcal.datasets.tables import checked_table, content_sha256
 from stepcal.errors import InputError, MissingDataError
+from stepcal.units import BYTES_PER_MB
 
 with warnings.catch_warnings():
     # pooch imports tqdm's notebook bar, which complains in a kernel without widgets; no bar is drawn there.
@@ -37,7 +38,6 @@ REQUESTS_FILE = "requests/requests.parquet"
 _STEPS_PUBLIC_NAME = "enriched_steps.parquet"
 _PREDICTIONS_PUBLIC_NAME = "predictions.csv"
 _RAW_FILES = "https://raw.githubusercontent.com"
-_BYTES_PER_MEGABYTE = 1e6
 
 
 @dataclass(frozen=True)
@@ -255,7 +255,7 @@ def _not_found(what: str, name: str, absent: list[PublicFile], data: Path | str 
 def _listing(files: list[PublicFile]) -> str:
     shown = ", ".join(Path(file.path).name for file in files[:3])
     more = f" and {len(files) - 3} more" if len(files) > 3 else ""
-    return f"{shown}{more} ({sum(file.bytes for file in files) / _BYTES_PER_MEGABYTE:.1f} MB)"
+    return f"{shown}{more} ({sum(file.bytes for file in files) / BYTES_PER_MB:.1f} MB)"
 
 
 def _all_public() -> list[PublicFile]:

@@ -16,12 +16,11 @@ import pandas as pd
 
 from stepcal.datasets.schemas import validate_requests
 from stepcal.errors import InputError
+from stepcal.units import MS_PER_S, US_PER_S
 
 WHOLE_RUN = -1
 """Stage number of figures over all stages of a run."""
 
-MILLISECONDS_PER_SECOND = 1e3
-MICROSECONDS_PER_SECOND = 1e6
 
 STATISTICS = {"mean": "mean", "median": "p50", "p90": "p90", "p99": "p99"}
 LATENCIES = {
@@ -75,7 +74,7 @@ def read_lifecycle_summary(path: Path | str, *, stage: int | None = None) -> pd.
         for key, metric in LATENCIES.items():
             for theirs, ours in STATISTICS.items():
                 seconds = document.number("successes", "latency", key, theirs)
-                rows.append((metric, ours, None if seconds is None else seconds * MILLISECONDS_PER_SECOND, "ms"))
+                rows.append((metric, ours, None if seconds is None else seconds * MS_PER_S, "ms"))
         for key, metric in LENGTHS.items():
             for theirs, ours in STATISTICS.items():
                 rows.append((metric, ours, document.number("successes", key, theirs), "token"))
@@ -147,7 +146,7 @@ def read_lifecycle_per_request(path: Path | str, *, experiment_id: str) -> pd.Da
     frame = frame.assign(
         experiment_id=experiment_id,
         index=np.arange(len(frame)),
-        arrival_time_us=(since_first_s * MICROSECONDS_PER_SECOND).round().astype("int64"),
+        arrival_time_us=(since_first_s * US_PER_S).round().astype("int64"),
     )
     return validate_requests(frame.drop(columns="start_s"), source=str(path))
 

@@ -13,11 +13,11 @@ from itertools import accumulate
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
 
 from stepcal.datasets.facts import experiments, load_stages, measured, published_h1_per_experiment
 from stepcal.datasets.schemas import validate_steps
 from stepcal.errors import InputError
+from stepcal.units import FloatArray, IntArray
 
 BASE_COST_US = 25.0
 """Scheduler's time for an empty batch, µs. From the public traces: medians at 1-10 running requests are 58-84 µs."""
@@ -78,9 +78,6 @@ _NANOSECONDS_PER_MICROSECOND = 1_000
 _MICROSECONDS_PER_MILLISECOND = 1e3
 _MICROSECONDS_PER_SECOND = 1e6
 
-_Ints = NDArray[np.int64]
-_Floats = NDArray[np.float64]
-
 
 def simulated_step_rows(*, seed: int, n_steps: int | None = None) -> pd.DataFrame:
     """Draw step rows for all 16 experiments; an invention to exercise the pipeline, never used in a verdict.
@@ -124,13 +121,13 @@ def simulated_step_rows(*, seed: int, n_steps: int | None = None) -> pd.DataFram
 class _Load:
     """What each row of a run sees of its load stage; arrays of one value a row."""
 
-    rate_per_us: _Floats
-    served_per_us: _Floats
-    interval_us: _Floats
-    level: _Floats
+    rate_per_us: FloatArray
+    served_per_us: FloatArray
+    interval_us: FloatArray
+    level: FloatArray
 
     @property
-    def served_per_step(self) -> _Floats:
+    def served_per_step(self) -> FloatArray:
         return self.served_per_us * self.interval_us
 
 
@@ -200,14 +197,14 @@ def _load_of_rows(run: pd.Series, stages: pd.DataFrame, n_steps: int) -> _Load:
     return _Load(rate[stage], served[stage], interval_us[stage], level[stage])
 
 
-def _running_depth(level: _Floats, most: int, rng: np.random.Generator) -> _Ints:
+def _running_depth(level: FloatArray, most: int, rng: np.random.Generator) -> IntArray:
     """An autoregressive walk whose spread is that of a Poisson number around its level."""
     innovations = rng.standard_normal(len(level)) * np.sqrt(1 - DEPTH_CORRELATION**2)
     walk = np.fromiter(accumulate(innovations, lambda last, new: DEPTH_CORRELATION * last + new), float, len(level))
     return np.clip(np.rint(level + np.sqrt(level) * walk), 1, most).astype(np.int64)
 
 
-def _prefills(run: pd.Series, load: _Load, running: _Ints, rng: np.random.Generator) -> tuple[_Ints, _Ints]:
+def _prefills(run: pd.Series, load: _Load, running: IntArray, rng: np.random.Generator) -> tuple[IntArray, IntArray]:
     """Requests that read their prompt and the tokens they compute: mostly the uncached tail of a cached prompt."""
     n_steps = len(running)
     requests = np.minimum(rng.poisson(PREFILL_STEPS_PER_REQUEST * load.served_per_step), running - 1)
@@ -229,19 +226,19 @@ def _blocks_per_request(run: pd.Series) -> float:
     return tokens / run["block_size"]
 
 
-def _free_blocks(run: pd.Series, running: _Ints) -> _Ints:
+def _free_blocks(run: pd.Series, running: IntArray) -> IntArray:
     used = np.ceil(running * _blocks_per_request(run)).astype(np.int64)
     return np.maximum(run["kv_blocks_total"] - used, 0)
 
 
-def _label_us(running: _Ints, waiting: _Ints, prefill_reqs: _Ints, rng: np.random.Generator) -> _Floats:
+def _label_us(running: IntArray, waiting: IntArray, prefill_reqs: IntArray, rng: np.random.Generator) -> FloatArray:
     contention = rng.uniform(0.0, CONTENTION_PER_REQUEST_MAX) * np.maximum(running - CONTENTION_ABOVE, 0)
     cost = (BASE_COST_US + RUNNING_COST_US * running) * (1.0 + contention)
     cost = cost + WAITING_COST_US * waiting + PREFILL_COST_US * prefill_reqs
     return np.maximum(np.rint(cost * rng.lognormal(0.0, LABEL_SIGMA, len(running))), SHORTEST_LABEL_US)
 
 
-def _start_times_ns(elapsed_us: _Floats, label_us: _Floats) -> _Ints:
+def _start_times_ns(elapsed_us: FloatArray, label_us: FloatArray) -> IntArray:
     """Start times that never precede the end of the step before."""
     between = np.diff(elapsed_us, prepend=0.0)
     between[1:] = np.maximum(between[1:], label_us[:-1])

@@ -7,7 +7,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from stepcal.errors import InputError
-from stepcal.simulator.layout import FloatArray, Int32Array
+from stepcal.simulator.layout import Int32Array
+from stepcal.units import FloatArray
 
 # Coefficient of variation of the gaps between arrivals, by the name of the process.
 PROCESSES = {"constant": 0.0, "poisson": 1.0}

@@ -11,7 +11,8 @@ import numpy as np
 
 from stepcal.simulator import layout as at
 from stepcal.simulator.compilation import compiled, inlined
-from stepcal.simulator.layout import FloatArray, Int64Array, Times
+from stepcal.simulator.layout import Times
+from stepcal.units import FloatArray, IntArray
 
 # Gaps between tokens are counted in bins whose width is 1/512 of a power of two: quantiles are exact to 0.1 %.
 GAP_BINS_PER_OCTAVE = 512
@@ -21,7 +22,7 @@ N_GAP_BINS = GAP_BINS_PER_OCTAVE * GAP_OCTAVES
 
 
 @inlined
-def step_duration(times: Times, batch: Int64Array, rejected: float) -> float:
+def step_duration(times: Times, batch: IntArray, rejected: float) -> float:
     """Duration of one step in microseconds."""
     n_prefill, n_decode = batch[at.PREFILL_REQS], batch[at.DECODE_REQS]
     gpu = (
@@ -131,7 +132,7 @@ def gap_bin_centres() -> FloatArray:
 
 @inlined
 def count_gaps(
-    gap_counts: Int64Array, gap_sums: FloatArray, stage_decoding: Int64Array, a: float, b: float, c: float, n_steps: int
+    gap_counts: IntArray, gap_sums: FloatArray, stage_decoding: IntArray, a: float, b: float, c: float, n_steps: int
 ) -> None:
     """Count the gaps that `n_steps` decode steps put between the tokens of every decoding request, by stage of load."""
     total = elapsed(a, b, c, n_steps)

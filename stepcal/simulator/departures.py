@@ -5,8 +5,9 @@ import numpy as np
 from stepcal.simulator import layout as at
 from stepcal.simulator.blocks import drop_ghost, free_anonymous, free_keyed, register
 from stepcal.simulator.compilation import compiled, inlined
-from stepcal.simulator.layout import Int64Array, Limits, Pool, Requests, Slots
+from stepcal.simulator.layout import Limits, Pool, Requests, Slots
 from stepcal.simulator.scheduling import blocks_of, find_next_finish, stop_decoding
+from stepcal.units import IntArray
 
 
 @compiled
@@ -20,7 +21,7 @@ def _tokens_generated(slots: Slots, slot: int, last_output: int) -> int:
 
 
 @inlined
-def _end(requests: Requests, slots: Slots, counts: Int64Array, request: int, status: int, now_us: float) -> None:
+def _end(requests: Requests, slots: Slots, counts: IntArray, request: int, status: int, now_us: float) -> None:
     requests.rows.status[request] = status
     requests.rows.finish_us[request] = now_us
     counts[at.N_ENDED] += 1
@@ -30,14 +31,14 @@ def _end(requests: Requests, slots: Slots, counts: Int64Array, request: int, sta
 
 
 @inlined
-def _free_slot(slots: Slots, counts: Int64Array, slot: int) -> None:
+def _free_slot(slots: Slots, counts: IntArray, slot: int) -> None:
     slots.rows.state[slot] = at.SLOT_FREE
     slots.free[counts[at.N_FREE_SLOTS]] = slot
     counts[at.N_FREE_SLOTS] += 1
 
 
 @compiled
-def _follow_up(limits: Limits, requests: Requests, counts: Int64Array, request: int, now_us: float) -> None:
+def _follow_up(limits: Limits, requests: Requests, counts: IntArray, request: int, now_us: float) -> None:
     """Send the next turn of a session, its think time after the answer reached the client."""
     follower = requests.follower[request]
     if follower < 0:
@@ -56,7 +57,7 @@ def _follow_up(limits: Limits, requests: Requests, counts: Int64Array, request: 
 
 @compiled
 def finish_requests(
-    limits: Limits, requests: Requests, slots: Slots, pool: Pool, counts: Int64Array, call: int, now_us: float
+    limits: Limits, requests: Requests, slots: Slots, pool: Pool, counts: IntArray, call: int, now_us: float
 ) -> None:
     """Process the output of `call`: requests whose last token it computed give back slot and blocks, in list order."""
     n_kept = 0
@@ -86,7 +87,7 @@ def finish_requests(
 
 
 @inlined
-def _finish(limits: Limits, requests: Requests, slots: Slots, counts: Int64Array, slot: int, now_us: float) -> None:
+def _finish(limits: Limits, requests: Requests, slots: Slots, counts: IntArray, slot: int, now_us: float) -> None:
     request = slots.rows.request[slot]
     requests.rows.generated_tokens[request] = slots.rows.output[slot]
     _end(requests, slots, counts, request, at.FINISHED, now_us)
@@ -96,7 +97,7 @@ def _finish(limits: Limits, requests: Requests, slots: Slots, counts: Int64Array
 
 
 @compiled
-def _remove_preempted(slots: Slots, counts: Int64Array, i: int) -> None:
+def _remove_preempted(slots: Slots, counts: IntArray, i: int) -> None:
     counts[at.N_PREEMPTED] -= 1
     for j in range(i, counts[at.N_PREEMPTED]):
         slots.preempted[j] = slots.preempted[j + 1]
@@ -104,7 +105,7 @@ def _remove_preempted(slots: Slots, counts: Int64Array, i: int) -> None:
 
 @compiled
 def abort_request(
-    limits: Limits, requests: Requests, slots: Slots, pool: Pool, counts: Int64Array, request: int, now_us: float
+    limits: Limits, requests: Requests, slots: Slots, pool: Pool, counts: IntArray, request: int, now_us: float
 ) -> None:
     """The client gave up: the request leaves its queue and its blocks are free at once."""
     if requests.rows.status[request] == at.WAITING:
@@ -122,7 +123,7 @@ def abort_request(
 
 @compiled
 def _abort_admitted(
-    limits: Limits, requests: Requests, slots: Slots, pool: Pool, counts: Int64Array, request: int
+    limits: Limits, requests: Requests, slots: Slots, pool: Pool, counts: IntArray, request: int
 ) -> None:
     call = counts[at.N_CALLS]
     last_output = counts[at.LAST_OUTPUT]

@@ -17,8 +17,8 @@ from stepcal.simulator.config import ServerConfig
 from stepcal.simulator.kernel import compile_advance
 from stepcal.simulator.layout import Int32Array, Limits, Pool, Requests, Slots, Times
 from stepcal.simulator.prefix import PrefixTable, find_shared_prefixes, no_prefixes
-from stepcal.simulator.recording import StepRecorder
 from stepcal.simulator.result import SimulationResult
+from stepcal.simulator.step_record import StepRecorder
 from stepcal.simulator.steptime import CompiledStepTime, StepTime, add_components, dummy_times
 from stepcal.simulator.workload import RequestList
 

@@ -15,8 +15,8 @@ import yaml
 
 from stepcal.errors import InputError, NotModelledError
 from stepcal.simulator.arrivals import LoadStage, generate_arrivals
-from stepcal.simulator.layout import Int64Array
 from stepcal.simulator.workload import RequestList
+from stepcal.units import IntArray
 
 # Fields that say something about the workload.
 _SHARED_PREFIX_FIELDS = {
@@ -119,7 +119,7 @@ class SharedPrefixWorkload:
         longer = round(tokens) - self.prompt_len if np.isfinite(tokens) else 0
         return replace(self, question_len=self.question_len + longer) if longer > 0 else self
 
-    def segments(self, number: Int64Array, prompt_len: Int64Array) -> tuple[Int64Array, Int64Array, Int64Array]:
+    def segments(self, number: IntArray, prompt_len: IntArray) -> tuple[IntArray, IntArray, IntArray]:
         """Prompts as segments: a system prompt and a question.
 
         Parameters

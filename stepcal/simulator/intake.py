@@ -5,11 +5,12 @@ import numpy as np
 from stepcal.simulator import layout as at
 from stepcal.simulator.compilation import compiled, inlined
 from stepcal.simulator.departures import abort_request
-from stepcal.simulator.layout import Int64Array, Limits, Pool, Requests, Slots
+from stepcal.simulator.layout import Limits, Pool, Requests, Slots
+from stepcal.units import IntArray
 
 
 @inlined
-def next_arrival(requests: Requests, counts: Int64Array) -> tuple[float, int]:
+def next_arrival(requests: Requests, counts: IntArray) -> tuple[float, int]:
     """Time of the next arrival, and its request; infinity and -1 if there is none."""
     n = requests.rows.size
     if requests.follower.size:
@@ -25,7 +26,7 @@ def next_arrival(requests: Requests, counts: Int64Array) -> tuple[float, int]:
 
 
 @compiled
-def _pop_heap(requests: Requests, counts: Int64Array) -> None:
+def _pop_heap(requests: Requests, counts: IntArray) -> None:
     counts[at.N_HEAP] -= 1
     n = counts[at.N_HEAP]
     time, request = requests.heap.time[n], requests.heap.request[n]
@@ -41,7 +42,7 @@ def _pop_heap(requests: Requests, counts: Int64Array) -> None:
 
 
 @inlined
-def receive(requests: Requests, counts: Int64Array, until: float) -> None:
+def receive(requests: Requests, counts: IntArray, until: float) -> None:
     """Queue the requests that have arrived."""
     while True:
         time, request = next_arrival(requests, counts)
@@ -66,7 +67,7 @@ def _abort_time(limits: Limits, requests: Requests, request: int) -> float:
 
 
 @inlined
-def next_abort(limits: Limits, requests: Requests, counts: Int64Array) -> float:
+def next_abort(limits: Limits, requests: Requests, counts: IntArray) -> float:
     """When the next client gives up; requests that ended are skipped."""
     if limits.has_abort_times:
         order, n = requests.abort_order, requests.abort_order.size
@@ -83,7 +84,7 @@ def next_abort(limits: Limits, requests: Requests, counts: Int64Array) -> float:
 
 @compiled
 def abort_due(
-    limits: Limits, requests: Requests, slots: Slots, pool: Pool, counts: Int64Array, until: float, now: float
+    limits: Limits, requests: Requests, slots: Slots, pool: Pool, counts: IntArray, until: float, now: float
 ) -> None:
     """Abort the requests whose client gave up by `until`, in the order in which they did."""
     if next_abort(limits, requests, counts) > until:
@@ -104,7 +105,7 @@ def abort_due(
 
 @compiled
 def abort_before_output(
-    limits: Limits, requests: Requests, slots: Slots, pool: Pool, counts: Int64Array, call: int, now: float
+    limits: Limits, requests: Requests, slots: Slots, pool: Pool, counts: IntArray, call: int, now: float
 ) -> None:
     """Aborts that reach the engine while a batch runs take effect before its output is processed."""
     if not limits.counts_calls:

@@ -15,7 +15,7 @@ from stepcal.simulator.clock import count_gaps, decode_line, elapsed, gap_bin, s
 from stepcal.simulator.compilation import cached, inlined
 from stepcal.simulator.departures import finish_requests
 from stepcal.simulator.intake import abort_before_output, abort_due, next_abort, next_arrival, receive
-from stepcal.simulator.layout import FloatArray, Int64Array, Limits, Pool, Record, Requests, Slots, Times
+from stepcal.simulator.layout import Limits, Pool, Record, Requests, Slots, Times
 from stepcal.simulator.offload import calls_until_refresh, refresh_rejected
 from stepcal.simulator.rows import finish_row, is_full, record_call
 from stepcal.simulator.scheduling import (
@@ -27,11 +27,12 @@ from stepcal.simulator.scheduling import (
     schedule_prefill,
     schedule_short_of_blocks,
 )
+from stepcal.units import FloatArray, IntArray
 
 
 @inlined
 def _process_output(
-    limits: Limits, requests: Requests, slots: Slots, pool: Pool, counts: Int64Array, clock: FloatArray
+    limits: Limits, requests: Requests, slots: Slots, pool: Pool, counts: IntArray, clock: FloatArray
 ) -> None:
     """Wait for the oldest batch in flight, and process its output."""
     call, end = counts[at.FLIGHT_CALL], clock[at.FLIGHT_END]
@@ -53,10 +54,10 @@ def _schedule(
     requests: Requests,
     slots: Slots,
     pool: Pool,
-    counts: Int64Array,
+    counts: IntArray,
     clock: FloatArray,
     record: Record,
-    batch: Int64Array,
+    batch: IntArray,
 ) -> None:
     """One call of ``schedule()``: running requests first, then waiting ones in order. Fills `batch`."""
     refresh_rejected(limits, slots, pool, counts, clock)
@@ -115,7 +116,7 @@ def _schedule(
 
 
 @inlined
-def _add_to_batch(slots: Slots, batch: Int64Array, slot: int, chunk: int, call: int) -> None:
+def _add_to_batch(slots: Slots, batch: IntArray, slot: int, chunk: int, call: int) -> None:
     context = slots.rows.computed[slot] - chunk
     batch[at.PREFILL_REQS] += 1
     batch[at.PREFILL_TOKENS] += chunk
@@ -130,10 +131,10 @@ def _start_step(
     limits: Limits,
     requests: Requests,
     slots: Slots,
-    counts: Int64Array,
+    counts: IntArray,
     clock: FloatArray,
     record: Record,
-    batch: Int64Array,
+    batch: IntArray,
     duration_us: float,
 ) -> None:
     """Put the scheduled batch in flight; note when its prompts are first scheduled and have their first tokens."""
@@ -164,7 +165,7 @@ def _start_step(
 
 
 @inlined
-def _put_in_flight(counts: Int64Array, clock: FloatArray, call: int, end: float, has_finish: bool) -> None:
+def _put_in_flight(counts: IntArray, clock: FloatArray, call: int, end: float, has_finish: bool) -> None:
     i = counts[at.N_IN_FLIGHT]
     counts[at.FLIGHT_CALL + i] = call
     counts[at.FLIGHT_FINISHES + i] = 1 if has_finish else 0
@@ -173,9 +174,7 @@ def _put_in_flight(counts: Int64Array, clock: FloatArray, call: int, end: float,
 
 
 @inlined
-def _jump_limit(
-    limits: Limits, requests: Requests, slots: Slots, pool: Pool, counts: Int64Array, record: Record
-) -> int:
+def _jump_limit(limits: Limits, requests: Requests, slots: Slots, pool: Pool, counts: IntArray, record: Record) -> int:
     """How many of the next calls schedule the present decoding requests and nothing else; 0 if only a call can tell."""
     n_waiting = counts[at.N_PREEMPTED] + counts[at.N_QUEUED]
     n_decode = counts[at.N_DECODING]
@@ -232,7 +231,7 @@ def _begin_jump(
     slots: Slots,
     pool: Pool,
     times: Times,
-    counts: Int64Array,
+    counts: IntArray,
     clock: FloatArray,
     record: Record,
     n_most: int,
@@ -290,7 +289,7 @@ def _end_asynchronous_jump(
     requests: Requests,
     slots: Slots,
     pool: Pool,
-    counts: Int64Array,
+    counts: IntArray,
     clock: FloatArray,
     jump: tuple[int, int, bool, float],
 ) -> None:
@@ -307,7 +306,7 @@ def _end_asynchronous_jump(
 
 
 @inlined
-def _has_work(counts: Int64Array, record: Record) -> bool:
+def _has_work(counts: IntArray, record: Record) -> bool:
     """Whether vLLM would call ``schedule()``: also once after a request ended (recorded on request only)."""
     n_alive = counts[at.N_RUNNING] + counts[at.N_PREEMPTED] + counts[at.N_QUEUED]
     return n_alive > 0 or record.keep_empty * counts[at.HAS_ENDED] > 0
@@ -319,7 +318,7 @@ def _take_in(
     requests: Requests,
     slots: Slots,
     pool: Pool,
-    counts: Int64Array,
+    counts: IntArray,
     clock: FloatArray,
     record: Record,
 ) -> int:
@@ -357,9 +356,9 @@ def compile_advance(source_digest: str) -> Callable[..., Any]:
         pool: Pool,
         times: Times,
         record: Record,
-        counts: Int64Array,
+        counts: IntArray,
         clock: FloatArray,
-        batch: Int64Array,
+        batch: IntArray,
         n_rounds: int,
     ) -> int:
         """Run until all requests have ended or something is needed from outside; returns why (see `layout`)."""

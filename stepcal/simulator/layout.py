@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from stepcal.units import FloatArray, IntArray
+
 Int8Array = NDArray[np.int8]
 Int32Array = NDArray[np.int32]
-Int64Array = NDArray[np.int64]
-FloatArray = NDArray[np.float64]
 # A structured array, of which compiled code reads the fields as attributes.
 Rows = Any
 
@@ -188,11 +188,11 @@ class Slots(NamedTuple):
     blocks: Int32Array  # (slots, blocks): entries of the cached blocks
     free: Int32Array  # stack of free slots
     running: Int32Array  # slots in the order of vLLM's running list
-    running_finish: Int64Array  # their finish_call (NEVER while prefilling)
+    running_finish: IntArray  # their finish_call (NEVER while prefilling)
     preempted: Int32Array  # stack: the last is the head of the waiting queue
-    crossings: Int64Array  # (block_size,): decoding requests that need a block in calls with this remainder
-    stage_decoding: Int64Array  # (stages,): decoding requests of each stage of load
-    stage_batch: Int64Array  # (stages,): the same for the batch just scheduled
+    crossings: IntArray  # (block_size,): decoding requests that need a block in calls with this remainder
+    stage_decoding: IntArray  # (stages,): decoding requests of each stage of load
+    stage_batch: IntArray  # (stages,): the same for the batch just scheduled
 
 
 class Pool(NamedTuple):
@@ -204,10 +204,10 @@ class Pool(NamedTuple):
 
     entries: Rows  # ENTRY_ROW
     nodes: Rows  # NODE_ROW
-    chain_start: Int64Array  # see `prefix.PrefixTable`
+    chain_start: IntArray  # see `prefix.PrefixTable`
     segments: Rows  # SEGMENT_ROW
     ghost: Int32Array  # per slot: the entry of a preempted request's own cached blocks, or 0
-    n: Int64Array  # N_FREE, N_SPARE
+    n: IntArray  # N_FREE, N_SPARE
 
 
 N_FREE, N_SPARE = 0, 1
@@ -240,7 +240,7 @@ class Record(NamedTuple):
     is_on: int
     keep_empty: int
     sample: Int8Array  # 1: keep the step
-    ints: Int64Array  # (rows, len(ROW_INTS))
+    ints: IntArray  # (rows, len(ROW_INTS))
     floats: FloatArray  # (rows, len(ROW_FLOATS))
     item_request: Int32Array
     item_tokens: Int32Array
@@ -249,7 +249,7 @@ class Record(NamedTuple):
     preempted: Int32Array
     cached_request: Int32Array
     cached_tokens: Int32Array
-    gap_counts: Int64Array  # (stages, bins)
+    gap_counts: IntArray  # (stages, bins)
     gap_sums: FloatArray  # (stages,)
 
 

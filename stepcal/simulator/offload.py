@@ -5,19 +5,20 @@ cannot be evicted from it until the request ends (`OffloadingConnectorScheduler`
 requests in flight hold more blocks than the pool has, whoever comes later is rejected, and asks again in every step: a scan
 of the whole pool and a warning in the log, each time, inside ``schedule()``.
 
-Who holds the pool is not simulated block by block, see `stepcal.offloading.rejected_requests` for the estimate.
+Who holds the pool is not simulated block by block, see `stepcal.specs.kv_offloading.rejected_requests` for the estimate.
 """
 
 from stepcal.simulator import layout as at
 from stepcal.simulator.compilation import inlined
-from stepcal.simulator.layout import FloatArray, Int64Array, Limits, Pool, Slots
+from stepcal.simulator.layout import Limits, Pool, Slots
+from stepcal.units import FloatArray, IntArray
 
 REFRESH_CALLS = 64
 """Calls after which the number of rejected requests is computed anew where no request came or went."""
 
 
 @inlined
-def refresh_rejected(limits: Limits, slots: Slots, pool: Pool, counts: Int64Array, clock: FloatArray) -> None:
+def refresh_rejected(limits: Limits, slots: Slots, pool: Pool, counts: IntArray, clock: FloatArray) -> None:
     """Compute the requests that the pool rejects, before a call is made, if requests came or went since the last one."""
     if limits.offload_blocks == 0:
         return
@@ -36,7 +37,7 @@ def refresh_rejected(limits: Limits, slots: Slots, pool: Pool, counts: Int64Arra
 
 
 @inlined
-def calls_until_refresh(limits: Limits, counts: Int64Array, n: int, has_pending: bool) -> int:
+def calls_until_refresh(limits: Limits, counts: IntArray, n: int, has_pending: bool) -> int:
     """Shorten a run of `n` calls so that none of them would have computed the number anew."""
     if limits.offload_blocks == 0:
         return n

@@ -9,7 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from stepcal.simulator.layout import Int32Array, Int64Array
+from stepcal.simulator.layout import Int32Array
+from stepcal.units import IntArray
 
 
 class PrefixTable(NamedTuple):
@@ -20,9 +21,9 @@ class PrefixTable(NamedTuple):
     """
 
     chain: Int32Array  # (n_requests,)
-    chain_start: Int64Array
-    segment_offset: Int64Array
-    segment_end: Int64Array
+    chain_start: IntArray
+    segment_offset: IntArray
+    segment_end: IntArray
     n_nodes: int
     max_blocks: int  # most shareable blocks of one chain
 
@@ -35,10 +36,10 @@ def no_prefixes(n_requests: int) -> PrefixTable:
 
 def find_shared_prefixes(
     prompt: Int32Array,
-    prompt_start: Int64Array,
-    segment_content: Int64Array,
-    segment_tokens: Int64Array,
-    output_content: Int64Array | None,
+    prompt_start: IntArray,
+    segment_content: IntArray,
+    segment_tokens: IntArray,
+    output_content: IntArray | None,
     output_tokens: Int32Array,
     block_size: int,
 ) -> PrefixTable:
@@ -115,13 +116,13 @@ def find_shared_prefixes(
     )
 
 
-def _has_company(content: Int64Array, weight: Int64Array) -> np.ndarray:
+def _has_company(content: IntArray, weight: IntArray) -> np.ndarray:
     """Whether the same content occurs in more than one request, shape of `content`."""
     _, inverse = np.unique(content, return_inverse=True)
     return (np.bincount(inverse, weights=weight) > 1)[inverse]
 
 
-def _combine(a: Int64Array | Int32Array, b: Int64Array) -> Int64Array:
+def _combine(a: IntArray | Int32Array, b: IntArray) -> IntArray:
     """One number for each different pair of numbers."""
     _, a_rank = np.unique(a, return_inverse=True)
     b_values, b_rank = np.unique(b, return_inverse=True)
@@ -130,12 +131,12 @@ def _combine(a: Int64Array | Int32Array, b: Int64Array) -> Int64Array:
 
 def _chains(
     prompt: Int32Array,
-    prompt_start: Int64Array,
-    segment_content: Int64Array,
-    segment_tokens: Int64Array,
-    output_content: Int64Array | None,
+    prompt_start: IntArray,
+    segment_content: IntArray,
+    segment_tokens: IntArray,
+    output_content: IntArray | None,
     output_tokens: Int32Array,
-) -> tuple[Int32Array, Int64Array, Int64Array, Int64Array]:
+) -> tuple[Int32Array, IntArray, IntArray, IntArray]:
     """Prompts, extended by the answer where that has a name: chain of each request, and segments of each chain."""
     if output_content is None or (output_content < 0).all():
         return prompt, prompt_start, segment_content, segment_tokens

@@ -10,9 +10,9 @@ import pyarrow as pa
 from stepcal.errors import InputError
 from stepcal.simulator import layout as at
 from stepcal.simulator.clock import gap_bin_centres
-from stepcal.simulator.layout import FloatArray, Int64Array
-from stepcal.simulator.recording import StepRows
+from stepcal.simulator.step_record import StepRows
 from stepcal.simulator.workload import RequestList
+from stepcal.units import FloatArray, IntArray
 
 _QUANTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
 _US_PER_MS, _US_PER_S = 1e3, 1e6
@@ -38,7 +38,7 @@ class SimulationResult:
     simulated_s: float
     wall_s: float
     engine_s: float
-    gap_counts: Int64Array
+    gap_counts: IntArray
     gap_sums: FloatArray
     step_rows: StepRows | None
     kv_blocks: int
@@ -154,7 +154,7 @@ def _quantiles(values: FloatArray) -> dict[str, float | None]:
     return {"mean": float(values.mean()), **dict(zip(_QUANTILES, quantiles.tolist(), strict=True))}
 
 
-def _gap_quantiles(counts: Int64Array, total_us: float) -> dict[str, float | None]:
+def _gap_quantiles(counts: IntArray, total_us: float) -> dict[str, float | None]:
     """Quantiles of the gaps between tokens, out of their histogram (exact to 0.1 %)."""
     n = int(counts.sum())
     if n == 0:

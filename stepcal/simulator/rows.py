@@ -2,7 +2,8 @@
 
 from stepcal.simulator import layout as at
 from stepcal.simulator.compilation import compiled, inlined
-from stepcal.simulator.layout import FloatArray, Int64Array, Limits, Pool, Record, Requests, Slots
+from stepcal.simulator.layout import Limits, Pool, Record, Requests, Slots
+from stepcal.units import FloatArray, IntArray
 
 
 @compiled
@@ -10,10 +11,10 @@ def _write_row(
     requests: Requests,
     slots: Slots,
     pool: Pool,
-    counts: Int64Array,
+    counts: IntArray,
     clock: FloatArray,
     record: Record,
-    batch: Int64Array,
+    batch: IntArray,
 ) -> None:
     """Write the scheduled batch into the step record."""
     row, call, item = counts[at.N_ROWS], counts[at.N_CALLS], counts[at.N_ROW_ITEMS]
@@ -54,7 +55,7 @@ def _write_row(
 
 
 @compiled
-def _drop_row(counts: Int64Array, record: Record) -> None:
+def _drop_row(counts: IntArray, record: Record) -> None:
     """Forget what was noted for a step that is not in the sample."""
     row = counts[at.N_ROWS]
     counts[at.N_ROW_PREEMPTED] = record.ints[row - 1, at.ROW_PREEMPTED_END] if row else 0
@@ -62,7 +63,7 @@ def _drop_row(counts: Int64Array, record: Record) -> None:
 
 
 @inlined
-def is_full(limits: Limits, counts: Int64Array, record: Record) -> bool:
+def is_full(limits: Limits, counts: IntArray, record: Record) -> bool:
     """Whether the step record might not take another step."""
     room = limits.max_num_seqs
     return record.is_on == 1 and (
@@ -79,10 +80,10 @@ def record_call(
     requests: Requests,
     slots: Slots,
     pool: Pool,
-    counts: Int64Array,
+    counts: IntArray,
     clock: FloatArray,
     record: Record,
-    batch: Int64Array,
+    batch: IntArray,
     is_step: bool,
 ) -> None:
     """Record the call just made if it is in the sample. Empty calls are recorded on request, and are not sampled."""
@@ -97,7 +98,7 @@ def record_call(
 
 
 @inlined
-def finish_row(counts: Int64Array, record: Record, duration_us: float) -> None:
+def finish_row(counts: IntArray, record: Record, duration_us: float) -> None:
     """Note how long the step took, if it was recorded."""
     row = counts[at.N_ROWS] - 1
     if row >= 0 and record.ints[row, 0] == counts[at.N_CALLS]:

@@ -19,7 +19,8 @@ from stepcal.simulator.blocks import (
     touch_ghost,
 )
 from stepcal.simulator.compilation import compiled, inlined
-from stepcal.simulator.layout import Int64Array, Limits, Pool, Record, Requests, Slots
+from stepcal.simulator.layout import Limits, Pool, Record, Requests, Slots
+from stepcal.units import IntArray
 
 
 @inlined
@@ -29,7 +30,7 @@ def blocks_of(n_tokens: int, block_size: int) -> int:
 
 
 @inlined
-def start_decoding(slots: Slots, counts: Int64Array, slot: int, block_size: int, stage: int) -> None:
+def start_decoding(slots: Slots, counts: IntArray, slot: int, block_size: int, stage: int) -> None:
     """The request's last known token is computed in this call; the next calls give it one token each."""
     call = counts[at.N_CALLS]
     finish_call = call + slots.rows.output[slot] - slots.rows.generated[slot] - 1
@@ -50,7 +51,7 @@ def start_decoding(slots: Slots, counts: Int64Array, slot: int, block_size: int,
 
 
 @inlined
-def stop_decoding(slots: Slots, counts: Int64Array, slot: int, block_size: int, stage: int) -> None:
+def stop_decoding(slots: Slots, counts: IntArray, slot: int, block_size: int, stage: int) -> None:
     """Take a request out of the sums over decoding requests."""
     counts[at.N_DECODING] -= 1
     counts[at.SUM_BASE] -= slots.rows.base[slot]
@@ -61,7 +62,7 @@ def stop_decoding(slots: Slots, counts: Int64Array, slot: int, block_size: int, 
 
 
 @inlined
-def find_next_finish(slots: Slots, counts: Int64Array, call: int) -> None:
+def find_next_finish(slots: Slots, counts: IntArray, call: int) -> None:
     """Smallest finish call of the running requests that is not before `call`."""
     smallest = at.NEVER
     for i in range(counts[at.N_RUNNING]):
@@ -72,7 +73,7 @@ def find_next_finish(slots: Slots, counts: Int64Array, call: int) -> None:
 
 
 @inlined
-def retire_last_tokens(limits: Limits, requests: Requests, slots: Slots, counts: Int64Array, call: int) -> int:
+def retire_last_tokens(limits: Limits, requests: Requests, slots: Slots, counts: IntArray, call: int) -> int:
     """Requests whose last token is computed in `call` are not scheduled after it. Returns their number."""
     n_last = 0
     for i in range(counts[at.N_RUNNING]):
@@ -85,9 +86,7 @@ def retire_last_tokens(limits: Limits, requests: Requests, slots: Slots, counts:
 
 
 @compiled
-def register_outputs(
-    limits: Limits, requests: Requests, slots: Slots, pool: Pool, counts: Int64Array, call: int
-) -> None:
+def register_outputs(limits: Limits, requests: Requests, slots: Slots, pool: Pool, counts: IntArray, call: int) -> None:
     """Register blocks of generated text: synchronously when scheduled, asynchronously when the token is known."""
     lag = 0 if limits.flight_limit > 1 else 1
     for i in range(counts[at.N_RUNNING]):
@@ -98,7 +97,7 @@ def register_outputs(
 
 
 @compiled
-def next_registration(limits: Limits, slots: Slots, counts: Int64Array) -> int:
+def next_registration(limits: Limits, slots: Slots, counts: IntArray) -> int:
     """The next call in which a block of generated text that others can hit becomes full."""
     lag = 0 if limits.flight_limit > 1 else 1
     earliest = at.NEVER
@@ -111,9 +110,7 @@ def next_registration(limits: Limits, slots: Slots, counts: Int64Array) -> int:
 
 
 @compiled
-def _preempt_last(
-    limits: Limits, requests: Requests, slots: Slots, pool: Pool, counts: Int64Array, now_us: float
-) -> int:
+def _preempt_last(limits: Limits, requests: Requests, slots: Slots, pool: Pool, counts: IntArray, now_us: float) -> int:
     """Preempt the last running request: all its blocks are freed, and it goes to the front of the queue."""
     call = counts[at.N_CALLS]
     counts[at.N_RUNNING] -= 1
@@ -158,7 +155,7 @@ def schedule_short_of_blocks(
     requests: Requests,
     slots: Slots,
     pool: Pool,
-    counts: Int64Array,
+    counts: IntArray,
     record: Record,
     last_token_us: float,
 ) -> int:
@@ -195,7 +192,7 @@ def schedule_short_of_blocks(
 
 
 @inlined
-def note_preemption(record: Record, counts: Int64Array, request: int) -> None:
+def note_preemption(record: Record, counts: IntArray, request: int) -> None:
     """Keep a preempted request for the step's row."""
     if record.is_on:
         record.preempted[counts[at.N_ROW_PREEMPTED]] = request
@@ -204,7 +201,7 @@ def note_preemption(record: Record, counts: Int64Array, request: int) -> None:
 
 @compiled
 def schedule_prefill(
-    limits: Limits, requests: Requests, slots: Slots, pool: Pool, counts: Int64Array, record: Record, budget: int
+    limits: Limits, requests: Requests, slots: Slots, pool: Pool, counts: IntArray, record: Record, budget: int
 ) -> int:
     """The next chunk of the one prompt that is computed in part (always the last of the running list).
 
@@ -236,7 +233,7 @@ def _add_chunk(
     requests: Requests,
     slots: Slots,
     pool: Pool,
-    counts: Int64Array,
+    counts: IntArray,
     slot: int,
     computed: int,
     chunk: int,
@@ -251,7 +248,7 @@ def _add_chunk(
 
 
 @inlined
-def head_of_queue(requests: Requests, slots: Slots, counts: Int64Array) -> int:
+def head_of_queue(requests: Requests, slots: Slots, counts: IntArray) -> int:
     """The slot of the request that is next to be admitted; a fresh one is shown in the next free slot."""
     if counts[at.N_PREEMPTED]:
         return slots.preempted[counts[at.N_PREEMPTED] - 1]
@@ -269,7 +266,7 @@ def head_of_queue(requests: Requests, slots: Slots, counts: Int64Array) -> int:
 
 @inlined
 def admit(
-    limits: Limits, requests: Requests, slots: Slots, pool: Pool, counts: Int64Array, slot: int, budget: int
+    limits: Limits, requests: Requests, slots: Slots, pool: Pool, counts: IntArray, slot: int, budget: int
 ) -> tuple[int, int]:
     """Admit the head of the queue if its first chunk fits.
 

@@ -15,7 +15,8 @@ from numpy.typing import ArrayLike
 
 from stepcal.errors import InputError
 from stepcal.simulator.config import ServerConfig
-from stepcal.simulator.layout import FloatArray, Int32Array, Times
+from stepcal.simulator.layout import Int32Array, Times
+from stepcal.units import FloatArray
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from stepcal.errors import InputError
-from stepcal.simulator.layout import FloatArray, Int32Array, Int64Array
+from stepcal.simulator.layout import Int32Array
+from stepcal.units import FloatArray, IntArray
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,15 +51,15 @@ class RequestList:
 
     arrival_s: FloatArray
     prompt: Int32Array
-    prompt_start: Int64Array
-    segment_content: Int64Array
-    segment_tokens: Int64Array
+    prompt_start: IntArray
+    segment_content: IntArray
+    segment_tokens: IntArray
     output_tokens: Int32Array
-    output_content: Int64Array | None = None
+    output_content: IntArray | None = None
     stage: Int32Array | None = None
     follows: Int32Array | None = None
     abort_s: FloatArray | None = None
-    index: Int64Array | None = None
+    index: IntArray | None = None
 
     def __post_init__(self) -> None:
         n = self.arrival_s.size

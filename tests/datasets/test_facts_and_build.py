@@ -8,12 +8,20 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from stepcal.architecture import load_architecture
-from stepcal.datasets import experiments, facts, load_stages, measured, peers, published_h1_per_experiment, published_h2
+from stepcal.datasets import (
+    experiments,
+    facts,
+    load_stages,
+    measured,
+    peers,
+    published_h1_per_experiment,
+    published_h2,
+)
 from stepcal.datasets.build import build_tables, main
 from stepcal.errors import InputError, MissingDataError
-from stepcal.hardware import load_accelerator
 from stepcal.locations import data_folder
+from stepcal.specs.architecture import load_architecture
+from stepcal.specs.hardware import load_accelerator
 
 ROWS = {
     "architectures.csv": 4,

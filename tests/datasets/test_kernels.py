@@ -8,9 +8,9 @@ import pytest
 from stepcal.datasets import kernel_efficiency
 from stepcal.datasets.kernels import summarise_kernels
 from stepcal.errors import InputError
-from stepcal.hardware import load_accelerator
-from stepcal.physical import ATTENTION_MFU, GEMM_MFU
-from stepcal.physical_parameters import STEP_PARAMETERS
+from stepcal.specs.hardware import load_accelerator
+from stepcal.step_time.physical import ATTENTION_MFU, GEMM_MFU
+from stepcal.step_time.physical_parameters import STEP_PARAMETERS
 
 PRIORS = {p.name: p for p in STEP_PARAMETERS}
 

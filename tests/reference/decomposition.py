@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from stepcal.architecture import ModelArchitecture
+from stepcal.specs.architecture import ModelArchitecture
 
 
 def components_us(prefill: int, decode: int, a: ModelArchitecture, peak_flops: float, tp: int) -> tuple[float, ...]:

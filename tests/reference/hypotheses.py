@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 
-from stepcal.preregistration import Criterion
+from stepcal.evaluation.preregistration import Criterion
 
 Key = tuple[str, str, int]
 """Quantity, variant, number of the unit."""

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stepcal.offloading import rejected_requests
 from stepcal.simulator import CompiledStepTime, LoadStage, ServerConfig, SharedPrefixWorkload, StepBatch, simulate
 from stepcal.simulator.offload import REFRESH_CALLS
+from stepcal.specs.kv_offloading import rejected_requests
 
 OUTPUT_TOKENS = 150
 SERVER = ServerConfig(kv_blocks=700, max_num_seqs=24, max_num_batched_tokens=512, offload_blocks=200)

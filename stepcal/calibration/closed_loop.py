@@ -1,0 +1,416 @@
+"""Learns the physical model's numbers where the truth is: from decode intervals, from simulated latencies, or both.
+
+Every level minimises ``sum((log predicted - log measured)^2 / sigma^2) + sum((log theta - log prior)^2 / tau^2)`` over
+the logarithms of the numbers, on the first 60% of each experiment's arrivals; requests in flight at the boundary are
+dropped. `sigma` is what the model is expected to miss, not the noise of a mean over thousands of requests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import pandas as pd
+from scipy.optimize import least_squares
+from threadpoolctl import threadpool_limits
+
+from stepcal.calibration.training_rows import RequestLevel
+from stepcal.datasets.splits import STUDY_FRACTIONS
+from stepcal.errors import InputError
+from stepcal.experiments.experiment import Experiment
+from stepcal.simulator import CompiledStepTime, RequestList, simulate
+from stepcal.step_time.physical import PhysicalFeatures, PhysicalModel, physical_clock
+from stepcal.step_time.physical_parameters import N_STEP, PARAMETERS, PhysicalParameter
+from stepcal.threads import each
+from stepcal.units import US_PER_S, BoolArray, FloatArray
+
+SIGMA_INTERVAL = 0.01
+"""Error expected of a run's mean step time."""
+SIGMA_LATENCY = {"e2e": 0.01, "tpot": 0.01, "ttft": 0.05}
+"""Errors expected of a stage's means where requests do not queue."""
+SIGMA_OVERLOADED = {"e2e": 0.05, "tpot": 0.02, "ttft": 0.05, "completed": 0.05}
+"""In an overloaded run 1% of step time is 5% of the queue's length."""
+ROBUST_SIGMAS = 2.0
+"""Errors beyond this many sigmas count linearly (Huber 1964, doi:10.1214/aoms/1177703732)."""
+MISSING_RESIDUAL = 30.0
+"""Residual where a simulation completes nothing that was measured."""
+DIFFERENCE_STEP = 4e-3
+"""Step of finite differences in the logarithm: well above the jitter of single requests changing batches."""
+CONVERGED = 1e-3
+MAX_EVALUATIONS = 12
+
+
+@dataclass(frozen=True)
+class Target:
+    """Measured training figures of one stage of one experiment, and which requests they are means over."""
+
+    stage: int
+    chosen: BoolArray
+    values: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Run:
+    """An experiment ready to be simulated again and again: its requests laid out, its training targets taken."""
+
+    experiment: Experiment
+    requests: RequestList
+    targets: tuple[Target, ...]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Learned numbers and what they rest on.
+
+    Attributes
+    ----------
+    theta : ndarray, shape (n_parameters,)
+        In the order of `PARAMETERS`.
+    residuals, jacobian : ndarray
+        Whitened, data rows first, prior rows last; the Jacobian is by ``log(theta)``.
+    labels : tuple of (str, ...)
+        Experiment of each data row.
+    n_evaluations : int
+    level : str
+    """
+
+    theta: FloatArray
+    residuals: FloatArray
+    jacobian: FloatArray
+    labels: tuple[str, ...]
+    n_evaluations: int
+    level: str
+    parameters: tuple[PhysicalParameter, ...] = field(default=PARAMETERS)
+
+    @property
+    def values(self) -> dict[str, float]:
+        """Value of each number by name."""
+        return {p.name: float(v) for p, v in zip(self.parameters, self.theta, strict=True)}
+
+
+def prepare_runs(experiments: Sequence[Experiment]) -> list[Run]:
+    """Lay out the replayed requests of experiments and take the targets of their training part.
+
+    Raises
+    ------
+    InputError
+        If measured requests are not at hand.
+    """
+    return [_prepare(experiment) for experiment in experiments]
+
+
+def _prepare(experiment: Experiment) -> Run:
+    requests = experiment.arrivals("replayed")
+    table = experiment.requests
+    if table is None:
+        raise InputError(f"The requests of `{experiment.experiment_id}` are not at hand. Set STEPCAL_DATA.")
+    n = len(table)
+    n_train = int(np.rint(STUDY_FRACTIONS[0] * n))
+    arrival_s = table["arrival_time_us"].to_numpy(dtype=float) / US_PER_S
+    e2e, ttft = table["e2e_s"].to_numpy(dtype=float), table["ttft_s"].to_numpy(dtype=float)
+    ended = arrival_s + np.where(table["has_error"], experiment.workload.timeout_s, e2e) <= arrival_s[n_train]
+    train = (np.arange(n) < n_train) & ended
+    stage = np.asarray(requests.stage)
+    targets = []
+    for s in np.unique(stage[train]):
+        own = train & (stage == s)
+        done = own & ~table["has_error"].to_numpy(dtype=bool)
+        if not done.any():
+            continue
+        values = {"e2e": e2e[done].mean(), "ttft": ttft[done].mean()}
+        values["tpot"] = (e2e[done] - ttft[done]).mean() / (experiment.workload.output_len - 1)
+        values["completed"] = float(done.sum())
+        targets.append(Target(int(s), own, {k: float(v) for k, v in values.items()}))
+    return Run(experiment, requests, tuple(targets))
+
+
+def run_latencies_s(run: Run, theta: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """Simulate a run; return each request's E2E latency and TTFT in seconds, NaN where it did not complete."""
+    return _latencies_s(run, _clock(run, theta), theta)
+
+
+def _clock(run: Run, theta: FloatArray) -> CompiledStepTime:
+    experiment = run.experiment
+    return physical_clock(
+        theta[:N_STEP],
+        experiment.architecture,
+        experiment.accelerator,
+        experiment.server,
+        tensor_parallel=experiment.tensor_parallel,
+    )
+
+
+def _latencies_s(run: Run, clock: CompiledStepTime, theta: FloatArray) -> tuple[FloatArray, FloatArray]:
+    experiment = run.experiment
+    result = simulate(
+        run.requests,
+        experiment.server,
+        clock,
+        timeout_s=experiment.workload.timeout_s,
+        api_before_us=float(theta[N_STEP]),
+    )
+    e2e = result.e2e_us() / US_PER_S
+    return e2e, np.where(np.isnan(e2e), np.nan, result.ttft_us() / US_PER_S)
+
+
+def stage_means(run: Run, target: Target, e2e: FloatArray, ttft: FloatArray) -> dict[str, float]:
+    """Predicted figures of a target, over its requests that complete in the simulation."""
+    done = target.chosen & ~np.isnan(e2e)
+    if not done.any():
+        return {"completed": 0.0}
+    tpot = (e2e[done] - ttft[done]).mean() / (run.experiment.workload.output_len - 1)
+    return {
+        "e2e": float(e2e[done].mean()),
+        "ttft": float(ttft[done].mean()),
+        "tpot": float(tpot),
+        "completed": float(done.sum()),
+    }
+
+
+def workload_residuals(runs: Sequence[Run], theta: FloatArray, *, workers: int = 1) -> tuple[FloatArray, list[str]]:
+    """Whitened log errors of every stage mean, and the experiment of each.
+
+    Parameters
+    ----------
+    runs : sequence of Run
+    theta : ndarray, shape (n_parameters,)
+        In the order of `PARAMETERS`.
+    workers : int
+        Threads that simulate; their number changes no bit of the result.
+
+    Returns
+    -------
+    residuals : ndarray, shape (n_residuals,)
+    labels : list of str
+    """
+    parts = each(lambda run: _run_residuals(run, *run_latencies_s(run, theta)), runs, workers=workers)
+    labels = [run.experiment.experiment_id for run, own in zip(runs, parts, strict=True) for _ in own]
+    return np.concatenate([np.zeros(0), *parts]), labels
+
+
+def _run_residuals(run: Run, e2e: FloatArray, ttft: FloatArray) -> FloatArray:
+    sigmas = SIGMA_OVERLOADED if run.experiment.overloaded else SIGMA_LATENCY
+    residuals = []
+    for target in run.targets:
+        means = stage_means(run, target, e2e, ttft)
+        for name, sigma in sigmas.items():
+            known = means.get(name, 0.0) > 0
+            error = np.log(means[name] / target.values[name]) / sigma if known else MISSING_RESIDUAL
+            residuals.append(float(error))
+    return soft(np.array(residuals))
+
+
+def workload_jacobian(
+    runs: Sequence[Run], log_theta: FloatArray, *, residuals: FloatArray | None = None, workers: int = 1
+) -> FloatArray:
+    """Forward differences of `workload_residuals` by ``log(theta)``; the step is wide enough for what a simulation jitters.
+
+    A run is simulated anew only for the numbers that change its step time or its API overhead: no collectives without
+    tensor parallelism, no mixture layers in a dense model.
+
+    Parameters
+    ----------
+    runs : sequence of Run
+    log_theta : ndarray, shape (n_parameters,)
+        Logarithms of the numbers, in the order of `PARAMETERS`.
+    residuals : ndarray, shape (n_residuals,), optional
+        Those at the same place, where they are known already.
+    workers : int
+        Threads that simulate; their number changes no bit of the result.
+
+    Returns
+    -------
+    ndarray, shape (n_residuals, n_parameters)
+    """
+    theta = np.exp(log_theta)
+    base = workload_residuals(runs, theta, workers=workers)[0] if residuals is None else residuals
+    sizes = [len(r.targets) * len(SIGMA_OVERLOADED if r.experiment.overloaded else SIGMA_LATENCY) for r in runs]
+    ends = np.cumsum([0, *sizes])
+    clocks = [_clock(run, theta) for run in runs]
+
+    def difference(job: tuple[int, int]) -> FloatArray:
+        i, j = job
+        moved = np.exp(log_theta + DIFFERENCE_STEP * (np.arange(theta.size) == j))
+        clock = _clock(runs[i], moved)
+        if clock.same_as(clocks[i]) and np.array_equal(moved[N_STEP:], theta[N_STEP:]):
+            return np.zeros(sizes[i])
+        there = _run_residuals(runs[i], *_latencies_s(runs[i], clock, moved))
+        return (there - base[ends[i] : ends[i + 1]]) / DIFFERENCE_STEP
+
+    jobs = [(i, j) for j in range(theta.size) for i in range(len(runs))]
+    parts = each(difference, jobs, workers=workers)
+    columns = [parts[j * len(runs) : (j + 1) * len(runs)] for j in range(theta.size)]
+    return np.column_stack([np.concatenate([np.zeros(0), *column]) for column in columns])
+
+
+def interval_residuals(level: RequestLevel, theta: FloatArray) -> FloatArray:
+    """Whitened log errors of decode intervals; all rows of an experiment together weigh as one figure of it."""
+    predicted = PhysicalModel().predict_us(theta[:N_STEP], level.features)
+    sigma, share = interval_scales(level)
+    return share * soft(np.log(predicted / level.rows["interval_us"].to_numpy(dtype=float)) / sigma)
+
+
+def interval_jacobian(level: RequestLevel, theta: FloatArray) -> FloatArray:
+    """Derivative of `interval_residuals` by ``log(theta)``, shape (n_requests, n_parameters)."""
+    model = PhysicalModel()
+    predicted = model.predict_us(theta[:N_STEP], level.features)
+    relative = model.gradient_us(theta[:N_STEP], level.features) * theta[:N_STEP] / predicted[:, None]
+    sigma, share = interval_scales(level)
+    slope = soft_slope(np.log(predicted / level.rows["interval_us"].to_numpy(dtype=float)) / sigma)
+    api = np.zeros((len(relative), len(PARAMETERS) - N_STEP))
+    return (share * slope / sigma)[:, None] * np.hstack([relative, api])
+
+
+def soft(errors: FloatArray) -> FloatArray:
+    """Pseudo-Huber residuals: as they are up to `ROBUST_SIGMAS`, their squares linear beyond.
+
+    So a run that the model misses does not bend the rest.
+    """
+    scaled = errors / ROBUST_SIGMAS
+    return np.sign(errors) * ROBUST_SIGMAS * np.sqrt(2.0 * (np.hypot(1.0, scaled) - 1.0))
+
+
+def soft_slope(errors: FloatArray) -> FloatArray:
+    """Derivative of `soft`."""
+    scaled = np.abs(errors) / ROBUST_SIGMAS
+    height = np.hypot(1.0, scaled)
+    small = scaled < 1e-4  # the quotient below is 0 / 0 there
+    root = np.sqrt(2.0 * np.where(small, 1.0, height - 1.0))
+    return np.where(small, 1.0, scaled / (height * root))
+
+
+def interval_scales(level: RequestLevel) -> tuple[FloatArray, FloatArray]:
+    """Sigma of each row, and the share of its experiment's weight that it has."""
+    sizes = level.rows.groupby("experiment_id")["interval_us"].transform("size").to_numpy(dtype=float)
+    sigma = np.where(level.rows["overloaded"], SIGMA_OVERLOADED["tpot"], SIGMA_INTERVAL)
+    return sigma, 1.0 / np.sqrt(sizes)
+
+
+@threadpool_limits.wrap(limits=1)  # type: ignore[untyped-decorator]
+def calibrate(
+    *,
+    runs: Sequence[Run] = (),
+    level: RequestLevel | None = None,
+    start: FloatArray | None = None,
+    max_evaluations: int = MAX_EVALUATIONS,
+    workers: int = 1,
+) -> Calibration:
+    """Fit the numbers at the request level, the workload level, or jointly.
+
+    Parameters
+    ----------
+    runs : sequence of Run
+        Fitted through the simulator; none for a fit at the request level alone.
+    level : RequestLevel, optional
+        Training rows (`training_rows`); None for a fit at the workload level alone.
+    start : ndarray, optional
+        Defaults to the priors.
+    max_evaluations : int
+        Of residuals and Jacobian together; a workload-level Jacobian takes one pass of the runs that it touches a number.
+    workers : int
+        Threads that simulate; their number changes no bit of the result. Leave it at 1 where processes fit side by side.
+
+    Returns
+    -------
+    Calibration
+
+    Raises
+    ------
+    InputError
+        If there is nothing to fit.
+    """
+    if not runs and (level is None or level.rows.empty):
+        raise InputError("There is nothing to fit: give `runs`, `level`, or both.")
+    priors = np.log([p.start for p in PARAMETERS])
+    scale = np.array([p.prior_log_sd for p in PARAMETERS])
+    labels: list[str] = []
+    # The optimiser asks for residuals and then for their Jacobian at the same place.
+    known: dict[bytes, FloatArray] = {}
+
+    def residuals(x: FloatArray) -> FloatArray:
+        theta, parts = np.exp(x), []
+        labels.clear()
+        known.clear()
+        if runs:
+            errors, names = workload_residuals(runs, theta, workers=workers)
+            known[x.tobytes()] = errors
+            parts.append(errors)
+            labels.extend(names)
+        if level is not None:
+            parts.append(interval_residuals(level, theta))
+            labels.extend(level.rows["experiment_id"])
+        return np.concatenate([*parts, (x - priors) / scale])
+
+    def jacobian(x: FloatArray) -> FloatArray:
+        parts = [workload_jacobian(runs, x, residuals=known.get(x.tobytes()), workers=workers)] if runs else []
+        if level is not None:
+            parts.append(interval_jacobian(level, np.exp(x)))
+        return np.vstack([*parts, np.diag(1.0 / scale)])
+
+    low, high = np.log([[p.low for p in PARAMETERS], [p.high for p in PARAMETERS]])
+    first = priors if start is None else np.log(start)
+    first = np.clip(first, low + 1e-9, high - 1e-9)
+    solution = least_squares(
+        residuals,
+        first,
+        jac=jacobian,
+        bounds=(low, high),
+        method="trf",
+        x_scale=scale,
+        loss="linear",
+        xtol=CONVERGED,
+        ftol=CONVERGED,
+        max_nfev=max_evaluations,
+    )
+    final = residuals(solution.x)
+    name = "joint" if runs and level is not None else "workload" if runs else "request"
+    return Calibration(np.exp(solution.x), final, solution.jac, tuple(labels), int(solution.nfev), name)
+
+
+def fit_joint(runs: Sequence[Run], rows: RequestLevel, *, workers: int = 1) -> Calibration:
+    """Fit both levels, starting from what the request level alone gives (milliseconds of work), on that many threads."""
+    return calibrate(runs=runs, level=rows, start=calibrate(level=rows).theta, workers=workers)
+
+
+def _mean_e2e(run: Run, stage: int | None = None) -> float:
+    table = run.experiment.requests
+    if table is None:  # `prepare_runs` refuses such a run
+        return float("nan")
+    chosen = ~table["has_error"].to_numpy(dtype=bool)
+    if stage is not None:
+        chosen &= np.asarray(run.requests.stage) == stage
+    return float(table["e2e_s"].to_numpy(dtype=float)[chosen].mean())
+
+
+def fit_steps(table: pd.DataFrame, features: PhysicalFeatures, experiments: Sequence[Experiment]) -> Calibration:
+    """Fit the physical model to the corrected labels of the training steps.
+
+    The steps of an experiment together weigh as one figure of it, as decode intervals do at the request level: the model's
+    error is common to them. Numbers that no step tells anything about stay at their priors.
+
+    Parameters
+    ----------
+    table : DataFrame
+        `experiment_id`, `interval_us`, `split` of labelled steps; fitted are those whose split is ``train``.
+    features : PhysicalFeatures
+        Of `step_features`, a row a row of `table`.
+    experiments : sequence of Experiment
+
+    Returns
+    -------
+    Calibration
+        Of level ``step``.
+
+    Raises
+    ------
+    InputError
+        If there is no training step, or features and steps differ in number.
+    """
+    if len(features) != len(table):
+        raise InputError(f"`features` has {len(features)} rows and `table` {len(table)}; give one for each step.")
+    train = (table["split"] == "train").to_numpy()
+    rows = table.loc[train, ["experiment_id", "interval_us"]].reset_index(drop=True)
+    overloaded = {e.experiment_id: e.overloaded for e in experiments}
+    rows["overloaded"] = rows["experiment_id"].astype(str).map(overloaded).to_numpy(dtype=bool)
+    return replace(calibrate(level=RequestLevel(rows, features.rows(train))), level="step")

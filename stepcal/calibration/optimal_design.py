@@ -1,0 +1,71 @@
+"""Which further run would teach most: candidates ranked by what they would add to the information of the 16 experiments.
+
+A run's mean step at a batch ``B`` and context ``C`` adds ``j j.T / sigma^2`` to the information matrix, `j` the gradient of
+the log step time by the logs of the numbers; the gain is half the growth of its log determinant (D-optimality).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+
+from stepcal.calibration.closed_loop import SIGMA_INTERVAL, Calibration
+from stepcal.specs.architecture import load_architecture
+from stepcal.specs.hardware import load_accelerator
+from stepcal.step_time.physical import PhysicalModel, physical_features
+from stepcal.step_time.physical_parameters import N_STEP, PARAMETERS
+
+MODELS = ("llama-2-7b", "codellama-34b", "llama-2-70b", "mixtral-8x7b")
+DEGREES = (1, 2, 4, 8)
+BATCHES, CONTEXTS, PREFILLS = (1, 16, 64, 128), (500, 4_000, 16_000), (0, 512)
+HBM_SHARE_FOR_WEIGHTS = 0.9
+"""Servers whose weights alone fill more of the memory are no candidates."""
+
+
+def rank_next_experiments(fitted: Calibration, *, accelerator: str = "h100-sxm", most: int = 10) -> pd.DataFrame:
+    """Rank further runs.
+
+    Parameters
+    ----------
+    fitted : Calibration
+    accelerator : str
+    most : int
+        Rows to return.
+
+    Returns
+    -------
+    DataFrame
+        `model`, `tensor_parallel`, `batch`, `context_tokens`, `prefill_tokens` (a step), `gain_nats`, `tells_most_about`.
+    """
+    gpu, model = load_accelerator(accelerator), PhysicalModel()
+    information = fitted.jacobian.T @ fitted.jacobian
+    covariance = np.linalg.inv(information)[:N_STEP, :N_STEP]
+    rows = []
+    for name in MODELS:
+        architecture = load_architecture(name)
+        size = architecture.num_parameters() * architecture.bytes_per_weight
+        for degree in DEGREES:
+            if size / degree > HBM_SHARE_FOR_WEIGHTS * gpu.hbm_capacity_bytes:
+                continue
+            grid = [(b, c, p) for b in BATCHES for c in CONTEXTS for p in PREFILLS]
+            batch, context, prefill = (np.array(column, dtype=float) for column in zip(*grid, strict=True))
+            features = physical_features(
+                architecture,
+                gpu,
+                tensor_parallel=degree,
+                decode_requests=batch,
+                kv_tokens=batch * context,
+                prefill_tokens=prefill,
+                prefill_requests=np.minimum(prefill, 1.0),
+            )
+            theta = fitted.theta[:N_STEP]
+            gradient = model.gradient_us(theta, features) * theta / model.predict_us(theta, features)[:, None]
+            gradient /= SIGMA_INTERVAL
+            spread = np.einsum("ij,jk,ik->i", gradient, covariance, gradient)
+            for (b, c, p), j, s in zip(grid, gradient, spread, strict=True):
+                shrink = (covariance @ j) ** 2 / (1.0 + s) / np.diag(covariance)
+                rows.append((name, degree, b, c, p, 0.5 * np.log1p(s), PARAMETERS[int(np.argmax(shrink))].name))
+    columns = ["model", "tensor_parallel", "batch", "context_tokens", "prefill_tokens", "gain_nats", "tells_most_about"]
+    table = pd.DataFrame(rows, columns=columns).sort_values("gain_nats", ascending=False)
+    best = table.drop_duplicates(["model", "tensor_parallel", "tells_most_about"])
+    return best.head(most).reset_index(drop=True)

@@ -1,0 +1,452 @@
+"""The `stepcal` command: fits, verdicts, recordings and the book.
+
+JSON goes to a file or, with ``-``, alone to standard output; messages go to standard error. Exit status: 0 done, 1 a check
+that does not hold, 2 bad input.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, ParamSpec, TypeVar
+
+import pandas as pd
+import typer
+
+from stepcal.errors import StepcalError
+from stepcal.files import refuse_unwritable, write_atomically
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+app = typer.Typer(
+    help="How long does one step of an LLM server take? Fit step-time models to traces, judge them by frozen rules.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Data = Annotated[
+    Path | None,
+    typer.Option(
+        "--data", help="Folder with the traces, or one trace file. Default: the folder that STEPCAL_DATA names."
+    ),
+]
+Json = Annotated[
+    str | None, typer.Option("--json", help="Write the result as JSON to this file, or `-` for standard output.")
+]
+
+
+def _reports_errors(command: Callable[P, R]) -> Callable[P, R]:
+    """Turn an expected error into its message and exit status 2."""
+
+    @functools.wraps(command)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return command(*args, **kwargs)
+        except StepcalError as error:
+            typer.echo(f"Error: {error}", err=True)
+            raise typer.Exit(2) from None
+        except MemoryError as error:
+            typer.echo(f"Error: not enough memory. {error}. Give smaller limits or fewer requests.", err=True)
+            raise typer.Exit(2) from None
+
+    return wrapped
+
+
+@app.command()
+@_reports_errors
+def fit(
+    variant: Annotated[
+        str, typer.Argument(help="raw, constant, bucket, blackbox, xgboost, global9, phase16 or model36.")
+    ],
+    experiment: Annotated[
+        list[str] | None, typer.Option("--experiment", help="Use only this experiment; may be given several times.")
+    ] = None,
+    data: Data = None,
+    json_out: Json = None,
+) -> None:
+    """Fit a step-time model to step traces and score it on the last fifth of each experiment.
+
+    Example: stepcal fit global9 --experiment 20260217-202857-llama-2-70b-tp4-general --json -
+    """
+    from stepcal.calibration.variants import fit_variant
+    from stepcal.datasets import content_sha256
+    from stepcal.datasets.splits import select_experiments, temporal_split
+    from stepcal.evaluation.step_errors import score_steps
+    from stepcal.specs.hardware import load_accelerator
+    from stepcal.studies.study import ACCELERATOR
+
+    steps = select_experiments(_load_rows(data), experiment or [])
+    split = temporal_split(steps)
+    fitted = fit_variant(variant, split, load_accelerator(ACCELERATOR))
+    scores = score_steps(fitted.predict_us(split.test), split.test, n_resamples=None)
+    wide = scores.pivot(index="experiment_id", columns="metric", values="value")
+    n_train = split.train.groupby("experiment_id", observed=True).size()
+    n_test = split.test.groupby("experiment_id", observed=True).size()
+    result: dict[str, Any] = {
+        "variant": variant,
+        "parameters": [_estimate(e) for e in fitted.estimates],
+        "combinations": [_estimate(e) for e in fitted.combinations],
+        "per_experiment": [
+            {
+                "experiment_id": str(one),
+                "n_train": int(n_train[one]),
+                "n_test": int(n_test[one]),
+                **{key: float(wide.loc[one, key]) for key in ("mape_percent", "mspe_percent", "r")},
+            }
+            for one in wide.index
+        ],
+        "data_sha256": content_sha256(steps),
+    }
+    lines = [fitted.fit.report() if fitted.fit else f"{variant}, {len(split.train):,} training steps"]
+    lines += [
+        f"  {row['experiment_id']}: MAPE {row['mape_percent']:.1f}%, MSPE {row['mspe_percent']:+.1f}% "
+        f"(mean over {row['n_test']:,} test steps)"
+        for row in result["per_experiment"]
+    ]
+    _emit(result, json_out, "\n".join(lines))
+
+
+@app.command()
+@_reports_errors
+def verdict(
+    hypothesis: Annotated[str, typer.Argument(help="A pre-registered hypothesis: h1, h2, h2_step, h1b, h2b or h3.")],
+    experiments: Annotated[
+        Path | None,
+        typer.Option(
+            "--experiments",
+            help="Folder of experiments in the public layout; for h3, of the new runs to judge. Default: STEPCAL_DATA; h3 "
+            "is not evaluated without one.",
+        ),
+    ] = None,
+    published: Annotated[
+        bool, typer.Option("--published", help="Judge the study's published figures instead of our own.")
+    ] = False,
+    accelerator: Annotated[
+        str | None,
+        typer.Option("--accelerator", help="For h3: GPU of runs that do not name one. Default: as in `evaluate`."),
+    ] = None,
+    json_out: Json = None,
+) -> None:
+    """Judge a hypothesis by its frozen rules, with the evidence for each criterion.
+
+    Without traces the recorded evidence is judged, and the output says so. Examples: stepcal verdict h2;
+    stepcal verdict h3 --experiments my-runs
+    """
+    from stepcal.studies.verdicts import verdict_of
+
+    judged, provenance = verdict_of(hypothesis, data=experiments, published=published, accelerator=accelerator)
+    result = {
+        "hypothesis": judged.preregistration.id,
+        "verdict": judged.verdict,
+        "possible": list(judged.possible),
+        "status": judged.preregistration.status,
+        "preregistration_sha256": judged.preregistration.sha256,
+        "evidence_from": provenance.kind,
+        "notes": list(judged.notes),
+        "data_sha256": provenance.data_sha256,
+        "criteria": [
+            {
+                "name": r.criterion.name,
+                "role": r.role,
+                "statement": r.criterion.statement,
+                "threshold": r.criterion.threshold,
+                "value": r.value,
+                "met": r.met,
+                "evidence": r.evidence,
+            }
+            for r in judged.criteria
+        ],
+    }
+    _emit(
+        result,
+        json_out,
+        f"{judged.report()}\n  Evidence: {provenance.brief()}.",
+    )
+
+
+@app.command()
+@_reports_errors
+def simulate(
+    architecture: Annotated[
+        str,
+        typer.Option("--architecture", help="Path of a HuggingFace config.json, or the name of a model that ships."),
+    ],
+    kv_blocks: Annotated[
+        int, typer.Option("--kv-blocks", help="KV blocks of the server, as vLLM logs them (num_gpu_blocks).")
+    ],
+    coefficients: Annotated[
+        str, typer.Option("--coefficients", help="default, global9, phase16, model36, or a coefficient file.")
+    ],
+    accelerator: Annotated[str, typer.Option("--accelerator", help="GPU, by name.")] = "h100-sxm",
+    tp: Annotated[int, typer.Option("--tp", help="Tensor-parallel degree.")] = 1,
+    max_num_seqs: Annotated[int, typer.Option("--max-num-seqs", help="Most requests that run at once.")] = 128,
+    max_num_batched_tokens: Annotated[
+        int, typer.Option("--max-num-batched-tokens", help="Token budget of a step.")
+    ] = 2048,
+    max_model_len: Annotated[int, typer.Option("--max-model-len", help="Longest request, prompt and output.")] = 4096,
+    block_size: Annotated[int, typer.Option("--block-size", help="Tokens of a KV block.")] = 16,
+    prefix_caching: Annotated[
+        bool, typer.Option("--enable-prefix-caching/--no-enable-prefix-caching", help="Reuse cached prompt blocks.")
+    ] = True,
+    async_scheduling: Annotated[
+        bool, typer.Option("--async-scheduling/--no-async-scheduling", help="Schedule a step while the last one runs.")
+    ] = True,
+    kv_offloading_gib: Annotated[
+        float,
+        typer.Option("--kv-offloading-gib", help="`kv_offloading_size`: pool for KV in CPU memory, 0 for none."),
+    ] = 0.0,
+    workload: Annotated[
+        Path | None, typer.Option("--workload", help="inference-perf profile.yaml or results/config.yaml.")
+    ] = None,
+    requests: Annotated[
+        Path | None,
+        typer.Option("--requests", help="Replay this request table (parquet) instead of generating arrivals."),
+    ] = None,
+    experiment: Annotated[
+        str | None, typer.Option("--experiment", help="Which experiment of the request table to replay.")
+    ] = None,
+    arrivals: Annotated[str, typer.Option("--arrivals", help="poisson, constant or gamma (with --cv).")] = "poisson",
+    cv: Annotated[float | None, typer.Option("--cv", help="Coefficient of variation of gamma arrivals.")] = None,
+    timeout_s: Annotated[
+        float | None,
+        typer.Option("--timeout-s", help="How long a client waits. Default: as the workload says."),
+    ] = None,
+    api_before_us: Annotated[
+        float | None,
+        typer.Option("--api-before-us", help="Time from client to engine. Default: as the coefficients say, or 0."),
+    ] = None,
+    api_after_us: Annotated[
+        float | None,
+        typer.Option("--api-after-us", help="Time from engine to client. Default: as the coefficients say, or 0."),
+    ] = None,
+    steps: Annotated[Path | None, typer.Option("--steps", help="Write the step table to this parquet file.")] = None,
+    steps_fraction: Annotated[
+        float, typer.Option("--steps-fraction", help="Share of steps to keep in it, drawn from the seed.")
+    ] = 1.0,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of arrivals and of the sample of steps.")] = 0,
+    json_out: Json = None,
+) -> None:
+    """Serve a workload as vLLM 0.15.1 would and report latencies, per load stage and overall.
+
+    Example: stepcal simulate --architecture config.json --tp 2 --kv-blocks 26602 --workload profile.yaml
+    --coefficients default --json -
+    """
+    from tqdm import tqdm
+
+    from stepcal.cli.simulate import SimulateOptions, run_simulation, summary_text
+    from stepcal.simulator import ServerConfig
+
+    if json_out not in (None, "-"):
+        refuse_unwritable(Path(json_out))
+    server = ServerConfig(
+        kv_blocks=kv_blocks,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens,
+        max_model_len=max_model_len,
+        block_size=block_size,
+        enable_prefix_caching=prefix_caching,
+        async_scheduling=async_scheduling,
+    )
+    options = SimulateOptions(
+        architecture=architecture,
+        accelerator=accelerator,
+        tensor_parallel=tp,
+        server=server,
+        kv_offloading_gib=kv_offloading_gib,
+        workload=workload,
+        requests=requests,
+        experiment=experiment,
+        coefficients=coefficients,
+        arrivals=arrivals,
+        cv=cv,
+        seed=seed,
+        timeout_s=timeout_s,
+        api_before_us=api_before_us,
+        api_after_us=api_after_us,
+        steps=steps,
+        steps_fraction=steps_fraction,
+    )
+    with tqdm(unit=" requests", unit_scale=True, disable=None, leave=False) as bar:
+
+        def show(ended: int, total: int) -> None:
+            bar.total = total
+            bar.update(ended - bar.n)
+
+        summary = run_simulation(options, show).summary()
+    _emit(summary, json_out, summary_text(summary))
+
+
+@app.command()
+@_reports_errors
+def evaluate(
+    coefficients: Annotated[
+        str,
+        typer.Option(
+            "--coefficients",
+            help="default (physical, frozen), global9, phase16, model36, or a file that `stepcal fit --json` wrote.",
+        ),
+    ] = "default",
+    experiments: Annotated[
+        Path | None,
+        typer.Option("--experiments", help="Folder of your own experiments. Default: the 16 experiments of the study."),
+    ] = None,
+    arrivals: Annotated[
+        str | None,
+        typer.Option("--arrivals", help="replayed, poisson or constant. Default: replayed where requests are at hand."),
+    ] = None,
+    accelerator: Annotated[
+        str | None,
+        typer.Option(
+            "--accelerator", help="GPU of experiments that do not name one. Default: as in the run's name, or h100-sxm."
+        ),
+    ] = None,
+    kv_offloading_gib: Annotated[
+        float | None,
+        typer.Option("--kv-offloading-gib", help="`kv_offloading_size` of experiments that do not say. Default: none."),
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of generated arrivals.")] = 0,
+    json_out: Json = None,
+) -> None:
+    """Simulate measured experiments end to end and compare latencies with what clients saw.
+
+    Arrivals go in, latencies come out; nothing of the measured latencies is used. Example: stepcal evaluate --json -
+    """
+    from stepcal.datasets import have_traces, load_requests
+    from stepcal.evaluation.evaluate import evaluate as evaluate_cases
+    from stepcal.experiments.folders import read_experiment_folder
+    from stepcal.experiments.latencies import measured_latencies
+    from stepcal.step_time.coefficients import load_coefficients
+    from stepcal.studies.published_runs import load_experiments
+
+    if json_out not in (None, "-"):
+        refuse_unwritable(Path(json_out))
+    fitted = load_coefficients(coefficients)
+    if experiments is not None:
+        cases = read_experiment_folder(experiments, accelerator=accelerator, kv_offloading_gib=kv_offloading_gib)
+    else:
+        at_hand = have_traces()
+        cases = [(e, measured_latencies(e)) for e in load_experiments(load_requests() if at_hand else None)]
+    result = {"coefficients": coefficients, **evaluate_cases(fitted, cases, process=arrivals, seed=seed)}
+    lines = [f"{coefficients}, {result['arrivals']} arrivals: signed error of the mean over completed requests (%)"]
+    lines += [_evaluation_line(row, result["arrivals"]) for row in result["per_experiment"]]
+    lines += _note_lines(result["per_experiment"])
+    evaluable = [row for row in result["per_experiment"] if row["e2e_error_percent"] is not None]
+    if evaluable:
+        lines.append(
+            f"  E2E: mean |error| {result['mean_abs_e2e_error_percent']:.1f}%, MSPE {result['mspe_percent']:+.1f}%, "
+            f"{result['n_below_10_percent']} of {len(evaluable)} evaluable experiments below 10%"
+        )
+    _emit(result, json_out, "\n".join(lines))
+
+
+def _evaluation_line(row: dict[str, Any], arrivals: str) -> str:
+    if row["e2e_error_percent"] is None:
+        return f"  {row['experiment_id']}: not evaluable. {row.get('reason', 'No request completed.')}"
+    errors = ", ".join(
+        f"{label} {'not evaluable' if row[key] is None else format(row[key], '+.1f')}"
+        for label, key in (("E2E", "e2e_error_percent"), ("TTFT", "ttft_error_percent"), ("TPOT", "tpot_error_percent"))
+    )
+    failed = f"failed {row['predicted']['failed']:,} (measured {row['measured']['failed']:,})"
+    return f"  {row['experiment_id']}: {errors}; {failed}" + (
+        "" if row["arrivals"] == arrivals else f"; {row['arrivals']}"
+    )
+
+
+def _note_lines(rows: list[dict[str, Any]]) -> list[str]:
+    """One line a note, with the experiments that it is about, or their number."""
+    about: dict[str, list[str]] = {}
+    for row in rows:
+        for note in row["notes"]:
+            about.setdefault(note, []).append(row["experiment_id"])
+    few = 3
+    return [
+        f"  Note: {note} ({', '.join(n) if len(n) <= few else f'{len(n)} experiments'})" for note, n in about.items()
+    ]
+
+
+@app.command()
+@_reports_errors
+def download() -> None:
+    """Fetch the public traces (about 35 MB) at their pinned commits, check their hashes, and keep them in a cache.
+
+    Afterwards every command finds them there, and STEPCAL_DATA need not be set.
+    """
+    from stepcal.datasets import load_requests, load_steps, load_xgboost_predictions
+    from stepcal.datasets.catalogue import cache_folder
+
+    for load in (load_steps, load_xgboost_predictions, load_requests):
+        typer.echo(f"{load.__name__.removeprefix('load_')}: {len(load(download=True)):,} rows", err=True)
+    typer.echo(str(cache_folder()))
+
+
+@app.command()
+@_reports_errors
+def record(
+    data: Data = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Change nothing; exit with 1 if a recording differs from what is computed.")
+    ] = False,
+) -> None:
+    """Compute the results that need traces and write them to data/recorded, for builds without traces."""
+    from stepcal.studies.record_all import record_all
+
+    differences = record_all(data, check=check)
+    for line in differences:
+        typer.echo(line, err=True)
+    if check and differences:
+        raise typer.Exit(1)
+
+
+@app.command()
+@_reports_errors
+def report(
+    output: Annotated[Path, typer.Option("--output", help="Folder for the built book.")] = Path("_build"),
+    source: Annotated[
+        str, typer.Option("--source", help="measured (recorded where traces are missing) or simulated.")
+    ] = "measured",
+    jobs: Annotated[int, typer.Option("--jobs", min=1, help="Notebooks that run at once.")] = 2,
+) -> None:
+    """Execute the notebooks and build the book; prints the path of its first page."""
+    from stepcal.report.build import build_report
+
+    typer.echo(str(build_report(output, source=source, jobs=jobs)))
+
+
+def _load_rows(data: Path | None) -> pd.DataFrame:
+    from stepcal.datasets import load_steps, read_steps
+
+    return read_steps(data) if data is not None and data.is_file() else load_steps(data)
+
+
+def _estimate(estimate: Any) -> dict[str, Any]:
+    keys = ("name", "value", "unit", "low", "high", "identified", "reason")
+    return {key: getattr(estimate, key) for key in keys}
+
+
+def _emit(result: dict[str, Any], json_out: str | None, text: str) -> None:
+    """Print the text to standard error, and the JSON where it was asked for."""
+    typer.echo(text, err=True)
+    if json_out is None:
+        return
+    serialised = json.dumps(_without_nan(result), indent=2, allow_nan=False) + "\n"
+    if json_out == "-":
+        typer.echo(serialised, nl=False)
+    else:
+        write_atomically(Path(json_out), serialised)
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,174 @@
+"""What ``stepcal simulate`` does: read model, server, workload and coefficients, run, and write the results whole."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from stepcal.datasets import read_requests_parquet
+from stepcal.errors import InputError
+from stepcal.files import refuse_unwritable, write_bytes_atomically
+from stepcal.simulator import RequestList, ServerConfig, SimulationResult, read_workload, replay_requests, simulate
+from stepcal.specs.architecture import ModelArchitecture, resolve_architecture
+from stepcal.specs.hardware import load_accelerator
+from stepcal.specs.kv_offloading import offload_blocks
+from stepcal.step_time.coefficients import load_coefficients
+
+SHOW_PROGRESS_ABOVE = 100_000
+"""Requests above which a run lasts long enough for a progress bar."""
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SimulateOptions:
+    """The options of ``stepcal simulate``; see its ``--help``."""
+
+    architecture: str
+    accelerator: str
+    tensor_parallel: int
+    server: ServerConfig
+    kv_offloading_gib: float
+    workload: Path | None
+    requests: Path | None
+    experiment: str | None
+    coefficients: str
+    arrivals: str
+    cv: float | None
+    seed: int
+    timeout_s: float | None
+    api_before_us: float | None
+    api_after_us: float | None
+    steps: Path | None
+    steps_fraction: float
+
+
+def run_simulation(options: SimulateOptions, on_progress: Progress | None = None) -> SimulationResult:
+    """Simulate, and write the step table where one was asked for.
+
+    Raises
+    ------
+    InputError
+        If any option cannot be used; nothing is written then.
+    """
+    if options.steps is not None:
+        refuse_unwritable(options.steps)
+    architecture = resolve_architecture(options.architecture)
+    pool = offload_blocks(architecture, options.kv_offloading_gib, block_size=options.server.block_size)
+    server = replace(options.server, offload_blocks=pool)
+    coefficients = load_coefficients(options.coefficients)
+    if options.experiment is not None:
+        coefficients = coefficients.of_experiment(options.experiment)
+    clock = coefficients.clock(
+        architecture,
+        load_accelerator(options.accelerator),
+        server,
+        tensor_parallel=architecture.check_tensor_parallel(options.tensor_parallel),
+    )
+    requests, timeout_s, name = _requests(options)
+    learned = {"api_before_us": 0.0, "api_after_us": 0.0} | coefficients.api_overheads_us()
+    before_us, after_us = options.api_before_us, options.api_after_us
+    result = simulate(
+        requests,
+        server,
+        clock,
+        timeout_s=timeout_s if options.timeout_s is None else options.timeout_s,
+        api_before_us=learned["api_before_us"] if before_us is None else before_us,
+        api_after_us=learned["api_after_us"] if after_us is None else after_us,
+        record_steps=options.steps_fraction if options.steps else None,
+        seed=options.seed,
+        experiment_id=name,
+        on_progress=on_progress if len(requests) > SHOW_PROGRESS_ABOVE else None,
+    )
+    if options.steps:
+        _write_steps(result, options, architecture, name)
+    return result
+
+
+def summary_text(summary: dict[str, Any]) -> str:
+    """Return a simulation's summary as a table for a terminal."""
+    parts = {"overall": summary["overall"]}
+    if len(summary["stages"]) > 1:
+        parts |= {f"stage {i}": stage for i, stage in enumerate(summary["stages"])}
+    lines = [f"{'':<10}{'requests':>9}{'completed':>10}{'failed':>8}{'requests/s':>11}"]
+    for name, part in parts.items():
+        rate = "-" if part["requests_per_s"] is None else f"{part['requests_per_s']:.2f}"
+        lines.append(f"{name:<10}{part['requests']:>9,}{part['completed']:>10,}{part['failed']:>8,}{rate:>11}")
+    lines.append(f"{'ms':<18}{'mean':>10}{'p50':>10}{'p90':>10}{'p99':>10}")
+    for name, part in parts.items():
+        for metric in ("e2e_ms", "ttft_ms", "tpot_ms", "itl_ms"):
+            cells = "".join(f"{'-' if v is None else format(v, ',.2f'):>10}" for v in part[metric].values())
+            lines.append(f"{name:<10}{metric.removesuffix('_ms'):<8}{cells}")
+    lines.append(
+        f"{summary['steps']:,} steps, {summary['preemptions']:,} preemptions, {summary['simulated_s']:,.1f} s simulated in "
+        f"{summary['wall_s']:.2f} s"
+    )
+    return "\n".join(lines)
+
+
+def _requests(options: SimulateOptions) -> tuple[RequestList, float, str]:
+    """Return the requests, the client's timeout, and a name for the run."""
+    if options.workload is None and options.requests is None:
+        raise InputError(
+            "Neither `--workload` nor `--requests` was given: there is nothing to serve. Give one, or both."
+        )
+    if options.workload is not None and not options.workload.is_file():
+        raise InputError(
+            f"No workload at {options.workload}. Give an inference-perf profile.yaml or results/config.yaml."
+        )
+    workload = None if options.workload is None else read_workload(options.workload)
+    timeout_s = float("inf") if workload is None else workload.timeout_s
+    if options.requests is None:
+        if workload is None:
+            raise InputError("`--workload` is missing.")
+        name = _run_name(options.workload)
+        return workload.requests(options.arrivals, cv=options.cv, seed=options.seed), timeout_s, name
+    table = read_requests_parquet(options.requests)
+    return replay_requests(_one_experiment(table, options), workload), timeout_s, str(table["experiment_id"].iloc[0])
+
+
+def _run_name(workload: Path | None) -> str:
+    """Name of the run that a workload file belongs to: its folder, or the one above ``results``."""
+    folders = [] if workload is None else [p.name for p in workload.resolve().parents if p.name not in ("results", "")]
+    return folders[0] if folders else "simulated"
+
+
+def _one_experiment(table: pd.DataFrame, options: SimulateOptions) -> pd.DataFrame:
+    names = table["experiment_id"].astype(str).unique().tolist()
+    wanted = options.experiment or (names[0] if len(names) == 1 else None)
+    if wanted is None:
+        raise InputError(
+            f"{options.requests} holds {len(names)} experiments; name one with `--experiment`: {', '.join(names)}."
+        )
+    if wanted not in names:
+        raise InputError(f"{options.requests} has no experiment `{wanted}`. It holds: {', '.join(names)}.")
+    return table[table["experiment_id"].astype(str) == wanted].reset_index(drop=True)
+
+
+def _write_steps(
+    result: SimulationResult, options: SimulateOptions, architecture: ModelArchitecture, name: str
+) -> None:
+    """Write the step table with the columns that a real trace has."""
+    table = result.step_table()
+    if not table.num_rows:
+        raise InputError(
+            f"None of the {result.steps:,} steps is in the sample, so there is no {options.steps} to write. Raise "
+            f"`--steps-fraction` ({options.steps_fraction}) or leave `--steps` out."
+        )
+    for column, value in (
+        ("model", architecture.name),
+        ("workload", name),
+        ("tensor_parallel", options.tensor_parallel),
+    ):
+        table = table.append_column(column, pa.array([value] * table.num_rows))
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer)
+    if options.steps is not None:
+        write_bytes_atomically(options.steps, buffer.getvalue())

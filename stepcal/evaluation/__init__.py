@@ -1,0 +1,1 @@
+"""Errors, cross-validation, pre-registration and verdict."""

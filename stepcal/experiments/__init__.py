@@ -1,0 +1,1 @@
+"""One measured run: settings, load, and what its clients saw."""

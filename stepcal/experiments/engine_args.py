@@ -1,0 +1,337 @@
+"""What an ``exp-config.yaml`` says of a server, under the names that people use, and what stands in for what it leaves out.
+
+What is assumed is noted: a limit that is absent is vLLM's own default, KV blocks are estimated from the GPU's memory, and a
+GPU or a tensor-parallel degree that the file does not name may stand in the run's name.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from stepcal.errors import InputError, NotModelledError
+from stepcal.simulator import ServerConfig
+from stepcal.simulator.config import NOT_MODELLED
+from stepcal.specs.architecture import ModelArchitecture
+from stepcal.specs.hardware import Accelerator, load_accelerator
+from stepcal.specs.kv_offloading import STUDY_OFFLOAD_GIB, offload_blocks
+from stepcal.specs.step_work import kv_bytes_per_token
+from stepcal.units import BYTES_PER_GIB
+
+DEFAULT_ACCELERATOR = "h100-sxm"
+CONFIG_NAMES = ("exp-config.yaml", "exp-config.yml")
+SECTIONS = ("server", "vllm", "engine", "vllm_config", "engine_args")
+"""Mappings inside the file whose settings count as if they stood outside."""
+MODEL_KEYS = ("model", "model_name")
+GPU_KEYS = ("gpu", "accelerator", "gpu_name", "gpu_type", "hardware")
+TENSOR_PARALLEL_KEYS = ("tensor_parallelism", "tensor_parallel", "tensor_parallel_size", "tp")
+KV_BLOCK_KEYS = ("kv_blocks_total_gpu", "num_gpu_blocks", "kv_blocks", "kv_blocks_total", "num_gpu_blocks_override")
+SWITCHES = ("enable_prefix_caching", "async_scheduling")
+OFFLOAD_KEY = "kv_offloading_size"
+STUDY_MARK = ("app", "inference-perf")
+"""Setting that the study's harness writes into its files: its servers offload KV without saying so."""
+KV_TYPES = ("auto", "bfloat16", "float16", "bf16", "fp16", "half")
+"""KV caches of two bytes an element, the only ones that are modelled."""
+GPU_WORDS = {
+    "h100-nvl": ("h100", "nvl"),
+    "h100-sxm": ("h100",),
+    "h200-sxm": ("h200",),
+    "a100-80gb": ("a100",),
+    "l40s": ("l40s",),
+    "b200": ("b200",),
+}
+"""Words that name a GPU in free text, as nvidia-smi, cloud providers and names of runs write it."""
+OTHER_BOARDS = frozenset({"40gb", "40g", "pcie", "mig"})
+"""Words of boards that the table of GPUs does not have."""
+MEMORY_MIB = {
+    "h100-sxm": 81_559,
+    "h100-nvl": 95_830,
+    "h200-sxm": 143_771,
+    "a100-80gb": 81_920,
+    "l40s": 46_068,
+    "b200": 183_359,
+}
+"""Memory as nvidia-smi reports it; datasheets round."""
+DEFAULT_MEMORY_SHARE = 0.9
+"""vLLM's `gpu_memory_utilization`."""
+OVERHEAD_GIB = 0.8
+OVERHEAD_OF_RANKS_GIB = 0.5
+"""Activations, CUDA graphs and, with several ranks, collectives: what the logged KV blocks of four H100 servers leave."""
+LARGE_GPU_GIB = 70
+"""From this memory on, A100 excepted, vLLM 0.15.1's API server takes its larger defaults (``get_batch_defaults``)."""
+LARGE_DEFAULTS = {"max_num_batched_tokens": 8_192, "max_num_seqs": 1_024}
+SMALL_DEFAULTS = {"max_num_batched_tokens": 2_048, "max_num_seqs": 256}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The settings of one run by name, and the file they were read from.
+
+    Attributes
+    ----------
+    path : Path
+    values : dict
+        Names with underscores; settings of the `SECTIONS` stand beside the others.
+    """
+
+    path: Path
+    values: dict[str, Any]
+
+    @property
+    def run(self) -> str:
+        """Name of the run's folder."""
+        return self.path.resolve().parent.name
+
+    def find(self, names: Iterable[str]) -> tuple[str, Any] | None:
+        """Return the first of several names for one setting that is given, and its value.
+
+        Raises
+        ------
+        InputError
+            If two of them are given and disagree.
+        """
+        given = [(name, self.values[name]) for name in names if self.values.get(name) is not None]
+        if any(value != given[0][1] for _, value in given):
+            both = " and ".join(f"`{name}: {value}`" for name, value in given)
+            raise InputError(f"{self.path} has {both}, which are names for one setting. Keep the one that holds.")
+        return given[0] if given else None
+
+    def whole(self, *names: str) -> int | None:
+        """Return a whole number by any of its names, None where it is absent.
+
+        Raises
+        ------
+        InputError
+            If the value is not a whole number.
+        """
+        found = self.find(names)
+        if found is None:
+            return None
+        name, value = found
+        try:
+            number = int(value)
+        except (TypeError, ValueError, OverflowError):
+            number = None
+        if number is None or number != value or isinstance(value, bool):
+            raise InputError(f"{self.path}: `{name}` is {value!r}; it must be a whole number.")
+        return number
+
+
+def read_settings(run: Path) -> Settings:
+    """Read the ``exp-config.yaml`` of a run's folder.
+
+    Raises
+    ------
+    InputError
+        If it is absent, no YAML, or no mapping.
+    """
+    path = next((run / name for name in CONFIG_NAMES if (run / name).is_file()), run / CONFIG_NAMES[0])
+    content = read_yaml(path)
+    values: dict[str, Any] = {}
+    for part in (*(content.get(name) for name in SECTIONS), content):
+        if isinstance(part, dict):
+            values |= {str(key).lstrip("-").replace("-", "_"): value for key, value in part.items()}
+    return Settings(path, values)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read a YAML file that holds a mapping.
+
+    Raises
+    ------
+    InputError
+        If it is absent, no YAML, or no mapping.
+    """
+    try:
+        parsed = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError(f"{path} cannot be read as YAML: {error}") from None
+    if not isinstance(parsed, dict):
+        raise InputError(f"{path} holds a {type(parsed).__name__}; a mapping of settings was expected.")
+    return parsed
+
+
+def accelerator_of(settings: Settings, default: str | None) -> tuple[Accelerator, list[str]]:
+    """Return the GPU of a run, and notes where the file does not name it.
+
+    The file's word goes first, then `default`, then a GPU in the run's name, and last H100 SXM.
+
+    Parameters
+    ----------
+    settings : Settings
+    default : str or None
+
+    Raises
+    ------
+    InputError
+        If the name is of no GPU that ships.
+    """
+    found = settings.find(GPU_KEYS)
+    if found is not None:
+        return load_accelerator(_known_gpu(str(found[1])) or str(found[1])), []
+    if default is not None:
+        return load_accelerator(_known_gpu(default) or default), []
+    way_out = f"Name it as `{GPU_KEYS[0]}` in {settings.path.name}, or give --accelerator."
+    in_name = _known_gpu(settings.run)
+    if in_name is not None:
+        return load_accelerator(in_name), [f"the GPU is `{in_name}` by the run's name. {way_out}"]
+    return load_accelerator(DEFAULT_ACCELERATOR), [f"no GPU is named; `{DEFAULT_ACCELERATOR}` was assumed. {way_out}"]
+
+
+def _known_gpu(text: str) -> str | None:
+    words = set(re.split(r"[^a-z0-9]+", text.lower()))
+    if text in GPU_WORDS or words & OTHER_BOARDS:
+        return text if text in GPU_WORDS else None
+    return next((name for name, needed in GPU_WORDS.items() if words.issuperset(needed)), None)
+
+
+def tensor_parallel_of(settings: Settings) -> tuple[int, list[str]]:
+    """Return the tensor-parallel degree, and notes where the file does not name it.
+
+    Raises
+    ------
+    InputError
+        If it is not a whole number.
+    """
+    given = settings.whole(*TENSOR_PARALLEL_KEYS)
+    if given is not None:
+        return given, []
+    in_name = re.search(r"(?:^|[^a-z])tp(\d+)(?:[^a-z0-9]|$)", settings.run.lower())
+    degree, source = (int(in_name.group(1)), "the run's name") if in_name else (1, "vLLM's default")
+    return degree, [f"`{TENSOR_PARALLEL_KEYS[0]}` is absent; {degree} by {source}."]
+
+
+def server_of(
+    settings: Settings,
+    architecture: ModelArchitecture,
+    accelerator: Accelerator,
+    *,
+    tensor_parallel: int,
+    kv_blocks: int | None = None,
+    kv_offloading_gib: float | None = None,
+) -> tuple[ServerConfig, list[str]]:
+    """Return the scheduler's limits, and notes on those that the file leaves out.
+
+    Parameters
+    ----------
+    settings : Settings
+    architecture : ModelArchitecture
+    accelerator : Accelerator
+    tensor_parallel : int
+    kv_blocks : int, optional
+        From elsewhere, where the file does not say; estimated from the GPU's memory if neither does.
+    kv_offloading_gib : float, optional
+        Size of the pool in CPU memory where the file does not say; without one it is the study's in files of its harness,
+        and else KV offloading is off, as by vLLM's default.
+
+    Raises
+    ------
+    NotModelledError
+        If a setting asks for what the simulator does not model.
+    InputError
+        If a setting is of the wrong kind or out of bounds.
+    """
+    limits, notes = _limits(settings, architecture, accelerator)
+    block_size = settings.whole("block_size")
+    limits |= {} if block_size is None else {"block_size": block_size}
+    offload, more = _offload_blocks(settings, architecture, block_size, kv_offloading_gib)
+    notes += more
+    arguments = (n for n in (*SWITCHES, *NOT_MODELLED) if n != OFFLOAD_KEY)
+    others = {n: settings.values[n] for n in arguments if settings.values.get(n) is not None}
+    for name in SWITCHES:
+        if not isinstance(others.get(name, True), bool):
+            raise InputError(f"{settings.path}: `{name}` is {others[name]!r}; it must be true or false.")
+    kv_type = str(settings.values.get("kv_cache_dtype") or KV_TYPES[0])
+    if kv_type not in KV_TYPES:
+        raise NotModelledError(
+            f"`kv_cache_dtype: {kv_type}` asks for what the simulator does not model: KV caches of other than two bytes an "
+            "element."
+        )
+    given = settings.whole(*KV_BLOCK_KEYS)
+    blocks = kv_blocks if given is None else given
+    if blocks is None:
+        size = ServerConfig.block_size if block_size is None else block_size
+        blocks, note = _estimated_blocks(settings, architecture, accelerator, tensor_parallel, size)
+        notes.append(note)
+    limits |= {"offload_blocks": offload}
+    return ServerConfig.from_vllm_arguments({"kv_blocks": blocks, **limits, **others}), notes
+
+
+def _offload_blocks(
+    settings: Settings, architecture: ModelArchitecture, block_size: int | None, assumed_gib: float | None
+) -> tuple[int, list[str]]:
+    """KV blocks of the pool in CPU memory, and a note where its size was assumed."""
+    given = settings.values.get(OFFLOAD_KEY)
+    backend = str(settings.values.get("kv_offloading_backend") or "native")
+    if backend != "native" and given:
+        raise NotModelledError(
+            f"`kv_offloading_backend: {backend}` asks for what the simulator does not model: KV offloading other than "
+            "vLLM's own (`native`)."
+        )
+    if assumed_gib is None and settings.values.get(STUDY_MARK[0]) == STUDY_MARK[1]:
+        assumed_gib = STUDY_OFFLOAD_GIB
+    gib = assumed_gib if given is None else given
+    if isinstance(gib, bool) or not isinstance(gib, int | float | None):
+        raise InputError(f"{settings.path}: `{OFFLOAD_KEY}` is {gib!r}; it must be a number of GiB, 0 for none.")
+    size = ServerConfig.block_size if block_size is None else block_size
+    blocks = offload_blocks(architecture, gib or 0.0, block_size=size)
+    whose = ", as on the study's servers," if assumed_gib == STUDY_OFFLOAD_GIB else ""
+    is_assumed = given is None and assumed_gib is not None
+    note = f"`{OFFLOAD_KEY}` is absent; {assumed_gib:g} GiB{whose} was assumed." if is_assumed else ""
+    return blocks, [note] if note else []
+
+
+def _limits(
+    settings: Settings, architecture: ModelArchitecture, accelerator: Accelerator
+) -> tuple[dict[str, int], list[str]]:
+    """Limits of a step and of a request; where absent, as vLLM 0.15.1's API server chooses them."""
+    notes = []
+    is_large = _memory_gib(accelerator) >= LARGE_GPU_GIB and not accelerator.name.startswith("a100")
+    defaults = LARGE_DEFAULTS if is_large else SMALL_DEFAULTS
+    longest = settings.whole("max_model_len")
+    if longest is None:
+        longest = architecture.max_position_embeddings
+        notes.append(f"`max_model_len` is absent; {longest:,}, the model's own, was assumed.")
+    tokens, seqs = settings.whole("max_num_batched_tokens"), settings.whole("max_num_seqs")
+    budget = defaults["max_num_batched_tokens"] if tokens is None else tokens
+    most = defaults["max_num_seqs"] if seqs is None else seqs
+    budget = min(budget, most * longest) if tokens is None else budget
+    most = min(most, budget) if seqs is None else most
+    for name, given, value in (("max_num_batched_tokens", tokens, budget), ("max_num_seqs", seqs, most)):
+        if given is None:
+            notes.append(f"`{name}` is absent; {value:,}, vLLM's default on {accelerator.name}, was assumed.")
+    return {"max_model_len": longest, "max_num_batched_tokens": budget, "max_num_seqs": most}, notes
+
+
+def _estimated_blocks(
+    settings: Settings,
+    architecture: ModelArchitecture,
+    accelerator: Accelerator,
+    tensor_parallel: int,
+    block_size: int,
+) -> tuple[int, str]:
+    """KV blocks that fit beside the weights, and a note that says so."""
+    share = settings.values.get("gpu_memory_utilization", DEFAULT_MEMORY_SHARE)
+    if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share <= 1:
+        raise InputError(f"{settings.path}: `gpu_memory_utilization` is {share!r}; it must be above 0 and at most 1.")
+    weights_gib = architecture.num_parameters() * architecture.bytes_per_weight / tensor_parallel / BYTES_PER_GIB
+    overhead_gib = OVERHEAD_GIB + (OVERHEAD_OF_RANKS_GIB if tensor_parallel > 1 else 0.0)
+    block_gib = block_size * kv_bytes_per_token(architecture, tensor_parallel=tensor_parallel) / BYTES_PER_GIB
+    blocks = int((share * _memory_gib(accelerator) - weights_gib - overhead_gib) / block_gib)
+    way_out = f"vLLM logs the number at start-up; add it as `{KV_BLOCK_KEYS[0]}` to {settings.path}."
+    if blocks < 2:
+        raise InputError(
+            f"{settings.path} does not say how many KV blocks the server had, and the weights of {architecture.name} "
+            f"({weights_gib:.1f} GiB a rank) leave no room for any on {accelerator.name}. {way_out}"
+        )
+    return blocks, f"KV blocks are not given; {blocks:,} were estimated from the GPU's memory. {way_out}"
+
+
+def _memory_gib(accelerator: Accelerator) -> float:
+    reported = MEMORY_MIB.get(accelerator.name)
+    return accelerator.hbm_capacity_bytes / BYTES_PER_GIB if reported is None else reported / 1024

@@ -1,0 +1,1 @@
+"""Batches and labels rebuilt from requests."""

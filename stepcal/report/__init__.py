@@ -1,0 +1,1 @@
+"""The book: execution, figures, tables, display."""

@@ -1,0 +1,112 @@
+"""What a rank has to do in a step: bytes of weights and KV to read, FLOPs to compute, bytes to exchange.
+
+Everything is per rank; keys and values replicate where ranks outnumber their heads.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from stepcal.specs.architecture import ModelArchitecture
+from stepcal.specs.hardware import Accelerator
+from stepcal.units import US_PER_S, FloatArray
+
+FLOPS_PER_MAC = 2
+BYTES_PER_ACTIVATION = 2
+"""BF16 and FP16 alike; the KV cache and what collectives move are of this width."""
+COLLECTIVES_PER_LAYER = 2
+"""All-reduces after attention and after the MLP (Shoeybi et al. 2019, Megatron-LM, arXiv:1909.08053)."""
+
+
+def weight_bytes(tokens: ArrayLike, architecture: ModelArchitecture, *, tensor_parallel: int = 1) -> FloatArray:
+    """Bytes of weights that a rank reads in a step of some tokens.
+
+    A mixture layer reads the experts that its tokens visit: with `k` of `E` experts a token, chosen evenly, ``T`` tokens
+    touch ``E (1 - (1 - k / E)^T)`` of them. Keys and values replicate where there are fewer heads than ranks. The
+    embedding is a look-up and not read; the output matrix is.
+
+    Parameters
+    ----------
+    tokens : array_like of float, shape (n_steps,)
+    architecture : ModelArchitecture
+    tensor_parallel : int
+
+    Returns
+    -------
+    ndarray of float, shape (n_steps,)
+
+    Raises
+    ------
+    InputError
+        If `tensor_parallel` does not divide the attention heads.
+    """
+    t = np.atleast_1d(np.asarray(tokens, dtype=float))
+    attention, mlp, expert, router, head = _weights_of_a_rank(architecture, tensor_parallel)
+    touched = architecture.num_experts * (1.0 - (1.0 - architecture.active_expert_fraction) ** t)
+    elements = attention + mlp + head + np.zeros_like(t)
+    elements += architecture.num_moe_layers * (touched * expert + router)
+    return np.where(t > 0, elements * architecture.bytes_per_weight, 0.0)
+
+
+def gemm_flops(tokens: ArrayLike, architecture: ModelArchitecture, *, tensor_parallel: int = 1) -> FloatArray:
+    """FLOPs of a rank's matrix products for some tokens, shape (n_steps,); a mixture computes the experts visited."""
+    t = np.atleast_1d(np.asarray(tokens, dtype=float))
+    attention, mlp, expert, router, head = _weights_of_a_rank(architecture, tensor_parallel)
+    visited = architecture.num_moe_layers * (architecture.experts_per_token * expert + router)
+    return FLOPS_PER_MAC * t * (attention + mlp + head + visited)
+
+
+def kv_bytes_per_token(architecture: ModelArchitecture, *, tensor_parallel: int = 1) -> float:
+    """Bytes of one token's keys and values on a rank, all layers; at least one head a rank, so heads replicate."""
+    heads = max(architecture.num_kv_heads / architecture.check_tensor_parallel(tensor_parallel), 1.0)
+    return 2.0 * heads * architecture.head_dim * architecture.num_layers * BYTES_PER_ACTIVATION
+
+
+def all_reduce_bytes(
+    tokens: ArrayLike, architecture: ModelArchitecture, *, tensor_parallel: int = 1
+) -> tuple[FloatArray, FloatArray]:
+    """Bytes that a rank receives in a step's all-reduces, if they take one stage or two; both of shape (n_steps,).
+
+    In one stage a rank reads the message of each other rank; in two, a reduce-scatter and an all-gather, it receives
+    ``2 (n - 1) / n`` of a message, but the ranks wait for each other twice. vLLM 0.15.1 has both kernels
+    (csrc/custom_all_reduce.cuh), and takes one stage with two ranks or for small messages.
+    """
+    t = np.atleast_1d(np.asarray(tokens, dtype=float))
+    ranks = architecture.check_tensor_parallel(tensor_parallel)
+    messages = COLLECTIVES_PER_LAYER * architecture.num_layers * t * architecture.hidden_size * BYTES_PER_ACTIVATION
+    return messages * (ranks - 1), messages * 2.0 * (ranks - 1) / ranks
+
+
+def floor_us(
+    tokens: ArrayLike,
+    kv_tokens: ArrayLike,
+    architecture: ModelArchitecture,
+    accelerator: Accelerator,
+    *,
+    tensor_parallel: int = 1,
+) -> FloatArray:
+    """Time in which the datasheet's bandwidth moves a step's weights and KV, shape (n_steps,): no step is shorter."""
+    kv = np.atleast_1d(np.asarray(kv_tokens, dtype=float))
+    kv_bytes = kv * kv_bytes_per_token(architecture, tensor_parallel=tensor_parallel)
+    return (weight_bytes(tokens, architecture, tensor_parallel=tensor_parallel) + kv_bytes) * (
+        US_PER_S / accelerator.hbm_bandwidth
+    )
+
+
+def pair_flops(architecture: ModelArchitecture, *, tensor_parallel: int = 1) -> float:
+    """FLOPs of one query-context pair of prefill attention on a rank, all layers: scores and weighted sum of values."""
+    return 2.0 * FLOPS_PER_MAC * architecture.query_width * architecture.num_layers / tensor_parallel
+
+
+def _weights_of_a_rank(
+    architecture: ModelArchitecture, tensor_parallel: int
+) -> tuple[float, float, float, float, float]:
+    """Elements on a rank: attention and dense MLPs of all layers, one expert, one router, the output matrix."""
+    a, tp = architecture, architecture.check_tensor_parallel(tensor_parallel)
+    kv_width = max(a.num_kv_heads / tp, 1.0) * a.head_dim
+    attention = a.num_layers * a.hidden_size * 2.0 * (a.query_width / tp + kv_width)
+    mlp = (a.num_layers - a.num_moe_layers) * a.mlp_matrices * a.hidden_size * a.intermediate_size / tp
+    mlp += a.num_moe_layers * a.mlp_matrices * a.hidden_size * a.shared_expert_intermediate_size / tp
+    expert = a.mlp_matrices * a.hidden_size * a.expert_intermediate_size / tp
+    return attention, mlp, expert, float(a.hidden_size * a.num_experts), a.vocab_size * a.hidden_size / tp

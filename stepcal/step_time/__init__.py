@@ -1,0 +1,1 @@
+"""From a batch to microseconds: decomposition, corrections, baselines, the physical model, coefficient files."""

@@ -1,0 +1,292 @@
+"""Coefficient files: a fitted step-time model as JSON, by name or by path, ready to drive a simulator.
+
+``stepcal fit VARIANT --json FILE`` writes one. The recorded fits of the study's variants go by their names, and a file
+of variant ``affine`` gives the terms of an affine step time directly (`combine` says whether host and GPU overlap).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from stepcal.errors import InputError
+from stepcal.locations import data_folder
+from stepcal.simulator import CompiledStepTime, ServerConfig
+from stepcal.specs.architecture import ModelArchitecture
+from stepcal.specs.hardware import Accelerator
+from stepcal.step_time.baselines import BLACKBOX_FEATURES, Blackbox, ConstantStep, RawAnalytical, StepBaseline
+from stepcal.step_time.compile import Clock, baseline_clock, correction_clock
+from stepcal.step_time.corrections import CorrectionModel, Global9, Model36, Phase16
+from stepcal.step_time.physical import physical_clock
+from stepcal.step_time.physical_parameters import API_PARAMETERS, PARAMETERS, STEP_PARAMETERS
+
+DEFAULT = "default"
+"""The physical model as calibrated on 16 experiments, frozen in ``data/coefficients/``."""
+SHIPPED_VARIANTS = ("global9", "phase16", "model36")
+"""The study's variants, whose fits to its public traces ship in ``data/coefficients/`` under their names."""
+AFFINE = "affine"
+SUM = "sum"
+COMBINATIONS = (SUM, "max")
+AFFINE_TERMS = tuple(f.name for f in fields(CompiledStepTime) if f.name not in ("batch_us", "combine"))
+"""Parameters of an ``affine`` file; see `stepcal.simulator.CompiledStepTime`."""
+
+
+@dataclass(frozen=True)
+class Coefficients:
+    """A fitted step-time model without its training data.
+
+    Attributes
+    ----------
+    variant : str
+    values : dict
+        Value of each parameter by name.
+    origin : str
+        The file or recording it was read from.
+    combine : str
+        Of an ``affine`` step time, whether host and GPU take turns (``sum``) or overlap (``max``).
+    """
+
+    variant: str
+    values: dict[str, float]
+    origin: str
+    combine: str = SUM
+
+    def clock(
+        self,
+        architecture: ModelArchitecture,
+        accelerator: Accelerator,
+        server: ServerConfig,
+        *,
+        tensor_parallel: int,
+    ) -> Clock:
+        """Return the clock of one server.
+
+        Raises
+        ------
+        InputError
+            If a parameter is missing, or the model was not fitted to the architecture's family.
+        """
+        if self.variant == AFFINE:
+            return self._affine()
+        if self.variant == DEFAULT:
+            numbers = [self._value(p.name) for p in STEP_PARAMETERS]
+            return physical_clock(numbers, architecture, accelerator, server, tensor_parallel=tensor_parallel)
+        if self.variant in _BASELINES:
+            baseline = _BASELINES[self.variant](self, accelerator)
+            return baseline_clock(baseline, architecture, accelerator, server, tensor_parallel=tensor_parallel)
+        model = self._correction_model(accelerator)
+        theta = np.array([self._value(p.name) for p in model.parameters])
+        return correction_clock(model, theta, architecture, accelerator, server, tensor_parallel=tensor_parallel)
+
+    def of_experiment(self, experiment_id: str) -> Coefficients:
+        """Return the coefficients of one experiment: of a baseline that was fitted to several, its own; else the same.
+
+        Raises
+        ------
+        InputError
+            If the baseline was fitted to several experiments, and not to this one.
+        """
+        known = self._experiments()
+        if len(known) < 2:
+            return self
+        if experiment_id not in known:
+            raise InputError(
+                f"{self.origin} holds `{self.variant}` of {', '.join(known)}; it says nothing of `{experiment_id}`. "
+                f"`stepcal fit {self.variant} --experiment {experiment_id} --json FILE` fits it."
+            )
+        own = {key: value for key, value in self.values.items() if key.startswith(f"{experiment_id}.")}
+        return replace(self, values=own)
+
+    def _experiments(self) -> tuple[str, ...]:
+        """Experiments of a baseline whose parameters bear them in front."""
+        names = _BASELINE_PARAMETERS.get(self.variant, ())
+        fronts = (key.removesuffix(f".{name}") for name in names for key in self.values if key.endswith(f".{name}"))
+        return tuple(dict.fromkeys(fronts))
+
+    def api_overheads_us(self) -> dict[str, float]:
+        """Return the time between client and engine, as `stepcal.simulator.simulate` takes it; empty if none was learned."""
+        known = [p.name for p in API_PARAMETERS if p.name in self.values]
+        return {name: self.values[name] for name in known}
+
+    def _correction_model(self, accelerator: Accelerator) -> CorrectionModel:
+        if self.variant == "global9":
+            return Global9()
+        if self.variant == "phase16":
+            return Phase16.for_accelerator(accelerator)
+        families = dict.fromkeys(name.rpartition(".")[0] for name in self.values)
+        return Model36(tuple(families))
+
+    def _affine(self) -> CompiledStepTime:
+        unknown = sorted(set(self.values) - set(AFFINE_TERMS))
+        if unknown:
+            raise InputError(f"{self.origin}: unknown term `{unknown[0]}`. Terms: {', '.join(AFFINE_TERMS)}.")
+        return CompiledStepTime(**dict[str, Any](self.values), combine=self.combine)
+
+    def check(self) -> Coefficients:
+        """Return these coefficients if every parameter of the variant is there, once.
+
+        Raises
+        ------
+        InputError
+            If one is missing, (of an affine step time) unknown or (a utilisation) not positive; it is named.
+        """
+        if self.combine not in COMBINATIONS or (self.combine != SUM and self.variant != AFFINE):
+            raise InputError(
+                f"{self.origin}: `combine` is {self.combine!r} for the variant `{self.variant}`. An `{AFFINE}` step time "
+                f"has {' or '.join(COMBINATIONS)}, others have none."
+            )
+        several = self._experiments()
+        if len(several) > 1:
+            for name in several:
+                self.of_experiment(name).check()
+            return self
+        if self.variant == AFFINE:
+            self._affine()
+            return self
+        if self.variant == DEFAULT:
+            names = tuple(p.name for p in (*STEP_PARAMETERS, *API_PARAMETERS))
+        elif self.variant not in SHIPPED_VARIANTS:
+            names = _BASELINE_PARAMETERS[self.variant]
+        elif self.variant == "phase16":
+            names = tuple(p.name for p in Phase16(ridge=0.0).parameters)
+        else:
+            families = tuple(dict.fromkeys(name.rpartition(".")[0] for name in self.values)) or ("FAMILY",)
+            names = tuple(p.name for p in (Global9() if self.variant == "global9" else Model36(families)).parameters)
+        for name in names:
+            if self._value(name) <= 0.0 and name.endswith("_mfu"):
+                raise InputError(f"{self.origin}: `{name}` is {self._value(name)}; factors are divided by it.")
+        return self
+
+    def _value(self, name: str) -> float:
+        """Value of a parameter; a baseline's parameter may bear its experiment in front, if there is one only."""
+        found = [v for key, v in self.values.items() if key == name or key.endswith(f".{name}")]
+        exact = self.values.get(name)
+        if exact is not None:
+            return exact
+        if len(found) != 1:
+            if not found:
+                raise InputError(
+                    f"{self.origin} lacks `{name}`. `stepcal fit {self.variant} --json FILE` writes all parameters."
+                )
+            raise InputError(
+                f"{self.origin} has {len(found)} experiments with `{name}`. Fit `{self.variant}` to one experiment, or say "
+                "which one is meant (`--experiment ID`)."
+            )
+        return found[0]
+
+
+def load_coefficients(name_or_path: str) -> Coefficients:
+    """Read coefficients by the name under which they ship, or from a file.
+
+    Parameters
+    ----------
+    name_or_path : str
+        ``default``, ``global9``, ``phase16`` or ``model36``, or the path of a JSON file with `variant` and `parameters`.
+
+    Returns
+    -------
+    Coefficients
+
+    Raises
+    ------
+    InputError
+        If the name is unknown, the file is not a coefficient file, or the default was changed since it was frozen.
+    """
+    if name_or_path == DEFAULT:
+        return _frozen_default()
+    if name_or_path in SHIPPED_VARIANTS:
+        return _read(data_folder() / "coefficients" / f"{name_or_path}.json")
+    path = Path(name_or_path)
+    if not path.is_file():
+        raise InputError(
+            f"`{name_or_path}` is neither a file nor a set of coefficients. Known: "
+            f"{', '.join((DEFAULT, *SHIPPED_VARIANTS))}. `stepcal fit VARIANT --json FILE` writes a file."
+        )
+    return _read(path)
+
+
+def frozen_default_sha256() -> str:
+    """Return the SHA-256 under which ``data/coefficients/default.json`` was frozen."""
+    path = data_folder() / "coefficients" / "frozen.json"
+    return str(json.loads(path.read_text(encoding="utf-8"))["default.json"]["sha256"])
+
+
+def _frozen_default() -> Coefficients:
+    path = data_folder() / "coefficients" / "default.json"
+    digest, frozen = hashlib.sha256(path.read_bytes()).hexdigest(), frozen_default_sha256()
+    if digest != frozen:
+        raise InputError(
+            f"{path} was changed after it was frozen: SHA-256 is {digest}, frozen was {frozen}. Restore it, or give "
+            "changed coefficients as a file of another name."
+        )
+    return _read(path)
+
+
+def _read(path: Path) -> Coefficients:
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        variant, combine = str(content["variant"]), str(content.get("combine", SUM))
+        pairs = [(str(p["name"]), float(p["value"])) for p in content["parameters"]]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"{path} is not a coefficient file ({type(error).__name__}: {error}). It is JSON with `variant` and "
+            "`parameters`, a list of objects with `name` and `value`."
+        ) from None
+    values = dict(pairs)
+    twice = next((name for i, (name, _) in enumerate(pairs) if name in dict(pairs[:i])), None)
+    if twice is not None:
+        raise InputError(f"{path} has the parameter `{twice}` twice. Keep one of them.")
+    known = (DEFAULT, AFFINE, *_BASELINES, *SHIPPED_VARIANTS)
+    if variant not in known:
+        raise InputError(
+            f"{path} holds the variant `{variant}`, which cannot be read from a file. Known: {', '.join(known)}."
+        )
+    bad = next((name for name, value in values.items() if not np.isfinite(value)), None)
+    if bad is not None:
+        raise InputError(f"{path}: `{bad}` is {values[bad]}; coefficients are finite numbers.")
+    return Coefficients(variant, values, str(path), combine).check()
+
+
+_BASELINE_PARAMETERS: dict[str, tuple[str, ...]] = {
+    "blackbox": ("intercept", *BLACKBOX_FEATURES),
+    "constant": ("median_us",),
+    "raw": (),
+}
+
+
+def _blackbox(coefficients: Coefficients, accelerator: Accelerator) -> StepBaseline:
+    del accelerator
+    baseline = Blackbox()
+    baseline.coefficients = np.array([coefficients._value(name) for name in _BASELINE_PARAMETERS["blackbox"]])
+    return baseline
+
+
+def _constant(coefficients: Coefficients, accelerator: Accelerator) -> StepBaseline:
+    del accelerator
+    baseline = ConstantStep()
+    baseline.median_us = coefficients._value("median_us")
+    return baseline
+
+
+def _raw(coefficients: Coefficients, accelerator: Accelerator) -> StepBaseline:
+    del coefficients
+    return RawAnalytical(accelerator)
+
+
+_BASELINES: dict[str, Callable[[Coefficients, Accelerator], StepBaseline]] = {
+    "blackbox": _blackbox,
+    "constant": _constant,
+    "raw": _raw,
+}
+
+
+def frozen_theta() -> np.ndarray:
+    """Return the frozen default in the order of `stepcal.step_time.physical_parameters.PARAMETERS`."""
+    values = load_coefficients(DEFAULT).values
+    return np.array([values[p.name] for p in PARAMETERS])

@@ -1,0 +1,288 @@
+"""How a variant of the step time is judged: closed loop, by part of the arrivals, and by a rule that was set before.
+
+Errors are ``mean predicted / mean measured - 1`` over completed requests: measured arrivals in, latencies out. What is
+chosen is chosen on the validation part (arrivals from 60% to 80%); the test part is only reported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pandas as pd
+
+from stepcal.calibration.closed_loop import Run
+from stepcal.calibration.training_rows import RequestLevel
+from stepcal.datasets.splits import STUDY_FRACTIONS
+from stepcal.errors import InputError
+from stepcal.experiments.experiment import Experiment
+from stepcal.simulator import CompiledStepTime, simulate
+from stepcal.step_time.physical import AT, physical_clock, physical_features
+from stepcal.step_time.physical_parameters import N_STEP
+from stepcal.studies.model_forms import PHASES, SHIPPED, Form
+from stepcal.units import PERCENT, US_PER_S, BoolArray, FloatArray
+
+TRAIN, VALID, TEST, WHOLE = "train", "valid", "test", "whole"
+MIN_GAIN_POINTS = 0.5
+"""The rule, set before the fits: a variant with more numbers is preferred to the global one only if its validation error of
+mean E2E, averaged over the runs that are not overloaded, is smaller by more than so many percentage points."""
+FLOOR_US = 1.0
+"""No simulated step is shorter; with a floor, tables of a clock may hold negative differences."""
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """One variant: what was learned, and how to predict with it.
+
+    Attributes
+    ----------
+    name, what : str
+    n_numbers : int
+        Numbers that data were fitted with, those of every model counted, those that only a prior holds not.
+    thetas : mapping of str to ndarray
+        By model; the numbers of its step time, then the API overhead.
+    form : Form
+    """
+
+    name: str
+    what: str
+    n_numbers: int
+    thetas: Mapping[str, FloatArray]
+    form: Form = SHIPPED
+
+    def theta(self, model: str) -> FloatArray:
+        """Numbers of one model.
+
+        Raises
+        ------
+        InputError
+            If the variant was not fitted to it.
+        """
+        if model not in self.thetas:
+            raise InputError(
+                f"`{self.name}` has no numbers for `{model}`; it was fitted to {', '.join(self.thetas)}. "
+                "Use the global numbers."
+            )
+        return self.thetas[model]
+
+
+def phase_clock(theta: FloatArray, experiment: Experiment) -> CompiledStepTime:
+    """Compile the numbers of `stepcal.studies.model_forms.PHASES` for one server.
+
+    Parameters
+    ----------
+    theta : ndarray, shape (n_parameters,)
+        In the order of the form's parameters.
+    experiment : Experiment
+
+    Returns
+    -------
+    CompiledStepTime
+        Of a step with prefill, its decoding requests cost `mixed_request_us`, those that are prefilled `request_us`.
+    """
+    about = (experiment.architecture, experiment.accelerator)
+    tp, server = experiment.tensor_parallel, experiment.server
+    clock = physical_clock(theta[:N_STEP], *about, server, tensor_parallel=tp)
+    tokens = np.arange(server.max_num_batched_tokens + server.max_num_seqs + 1)
+    f = physical_features(*about, tensor_parallel=tp, decode_requests=tokens, kv_tokens=0.0)
+    decode, mixed = (
+        np.maximum(f.weights_us * factor, f.gemm_us) for factor in (theta[AT["hbm_read_factor"]], theta[N_STEP])
+    )
+    prefill = np.arange(server.max_num_batched_tokens + 1)[:, None]
+    decoding = np.arange(server.max_num_seqs + 1)[None, :]
+    extra = (mixed - decode)[prefill + decoding] + (theta[N_STEP + 1] - theta[AT["request_us"]]) * decoding
+    return replace(clock, batch_us=np.where(prefill > 0, extra, 0.0), floor_us=FLOOR_US)
+
+
+def clock_of(variant: Fitted, experiment: Experiment) -> CompiledStepTime:
+    """Compile a variant for one server.
+
+    Raises
+    ------
+    InputError
+        If it was not fitted to the server's model.
+    """
+    theta = variant.theta(experiment.architecture.name)
+    if variant.form is PHASES:
+        return phase_clock(theta[: len(PHASES.parameters)], experiment)
+    return physical_clock(
+        theta[:N_STEP],
+        experiment.architecture,
+        experiment.accelerator,
+        experiment.server,
+        tensor_parallel=experiment.tensor_parallel,
+    )
+
+
+def errors_of(variant: Fitted, runs: Sequence[Run], level: RequestLevel) -> pd.DataFrame:
+    """Return a variant's errors, closed loop, on each part of the arrivals.
+
+    Parameters
+    ----------
+    variant : Fitted
+    runs : sequence of Run
+        Of measured requests.
+    level : RequestLevel
+        All requests of these runs.
+
+    Returns
+    -------
+    DataFrame
+        `fit`, `experiment_id`, `overloaded`, `split` (train, valid, test, whole), `e2e_percent`, `ttft_percent`,
+        `tpot_percent`, `completed_percent` (signed; NaN where nothing completes), `interval_mape_percent` of the requests'
+        decode intervals.
+
+    Raises
+    ------
+    InputError
+        If the variant was not fitted to the model of a run, or a run has no measured requests.
+    """
+    rows = []
+    for run in runs:
+        name = run.experiment.experiment_id
+        own = level.subset((level.rows["experiment_id"] == name).to_numpy())
+        theta = variant.theta(run.experiment.architecture.name)
+        predicted = variant.form.predict_us(theta[: len(variant.form.parameters)], own.features)
+        interval = PERCENT * np.abs(predicted / own.rows["interval_us"].to_numpy(dtype=float) - 1.0)
+        part = own.rows["split"].to_numpy()
+        result = simulate(
+            run.requests,
+            run.experiment.server,
+            clock_of(variant, run.experiment),
+            timeout_s=run.experiment.workload.timeout_s,
+            api_before_us=float(theta[-1]),
+        )
+        e2e = result.e2e_us() / US_PER_S
+        about = {"fit": variant.name, "experiment_id": name, "overloaded": run.experiment.overloaded}
+        for split, errors in split_errors(run, e2e, result.ttft_us() / US_PER_S).items():
+            chosen = np.ones(len(part), dtype=bool) if split == WHOLE else part == split
+            mape = float(interval[chosen].mean()) if chosen.any() else np.nan
+            rows.append({**about, "split": split, **errors, "interval_mape_percent": mape})
+    return pd.DataFrame(rows)
+
+
+def split_errors(run: Run, e2e_s: FloatArray, ttft_s: FloatArray) -> dict[str, dict[str, float]]:
+    """Return the signed errors of means by part of the arrivals.
+
+    Parameters
+    ----------
+    run : Run
+        With measured requests.
+    e2e_s, ttft_s : ndarray, shape (n_requests,)
+        Predicted, seconds, in order of arrival; NaN for a request that does not complete.
+
+    Returns
+    -------
+    dict
+        Of `split` to `e2e_percent`, `ttft_percent`, `tpot_percent`, `completed_percent`.
+
+    Raises
+    ------
+    InputError
+        If the run has no measured requests.
+    """
+    table = run.experiment.requests
+    if table is None:
+        raise InputError(f"The requests of `{run.experiment.experiment_id}` are not at hand. Set STEPCAL_DATA.")
+    n = len(table)
+    first_valid, n_valid = (int(np.rint(share * n)) for share in STUDY_FRACTIONS)
+    place, first_test = np.arange(n), first_valid + n_valid
+    splits = {
+        TRAIN: place < first_valid,
+        VALID: (place >= first_valid) & (place < first_test),
+        TEST: place >= first_test,
+        WHOLE: np.ones(n, dtype=bool),
+    }
+    known_done = ~table["has_error"].to_numpy(dtype=bool)
+    known_e2e, known_ttft = table["e2e_s"].to_numpy(dtype=float), table["ttft_s"].to_numpy(dtype=float)
+    done = ~np.isnan(e2e_s)
+
+    def figures(e2e: FloatArray, ttft: FloatArray, chosen: BoolArray) -> dict[str, float]:
+        n_done = int(chosen.sum())
+        if not n_done:
+            return {"e2e": np.nan, "ttft": np.nan, "tpot": np.nan, "completed": 0.0}
+        means = {"e2e": float(e2e[chosen].mean()), "ttft": float(ttft[chosen].mean())}
+        return {**means, "tpot": means["e2e"] - means["ttft"], "completed": float(n_done)}
+
+    result = {}
+    for split, chosen in splits.items():
+        predicted, known = figures(e2e_s, ttft_s, chosen & done), figures(known_e2e, known_ttft, chosen & known_done)
+        result[split] = {
+            f"{k}_percent": PERCENT * (predicted[k] / v - 1.0) if v > 0 else np.nan for k, v in known.items()
+        }
+    return result
+
+
+def summarise(errors: pd.DataFrame) -> pd.DataFrame:
+    """Return one row a variant and split.
+
+    Parameters
+    ----------
+    errors : DataFrame
+        Of `errors_of`.
+
+    Returns
+    -------
+    DataFrame
+        `fit`, `split`; over the runs that are not overloaded, means of absolute errors: `e2e_percent`, `ttft_percent`,
+        `tpot_percent`, `interval_mape_percent`, and `worst_e2e_percent`; over all runs `e2e_all_percent` (mean of absolute
+        errors) and `mspe_percent` (signed mean), over the `n_all` in which requests of the split completed; over overloaded
+        runs `completed_percent` (mean of absolute errors), over the `n_completed` likewise.
+    """
+    rows = []
+    for (fit, split), own in errors.groupby(["fit", "split"], sort=False):
+        calm, full = own[~own["overloaded"]], own[own["overloaded"]]
+        means = {name: float(calm[name].abs().mean()) for name in ("e2e_percent", "ttft_percent", "tpot_percent")}
+        rows.append(
+            {
+                "fit": fit,
+                "split": split,
+                **means,
+                "worst_e2e_percent": float(calm["e2e_percent"].abs().max()),
+                "e2e_all_percent": float(own["e2e_percent"].abs().mean()),
+                "mspe_percent": float(own["e2e_percent"].mean()),
+                "n_all": int(own["e2e_percent"].notna().sum()),
+                "completed_percent": float(full["completed_percent"].abs().mean()),
+                "n_completed": int(full["completed_percent"].notna().sum()),
+                "interval_mape_percent": float(calm["interval_mape_percent"].mean()),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def choose(scores: pd.DataFrame, n_numbers: Mapping[str, int], pairs: Sequence[tuple[str, str]]) -> pd.DataFrame:
+    """Apply the rule of `MIN_GAIN_POINTS` to every variant with more numbers.
+
+    Parameters
+    ----------
+    scores : DataFrame
+        Of `summarise`.
+    n_numbers : mapping of str to int
+        By fit.
+    pairs : sequence of (str, str)
+        A variant, and the global fit of the same level.
+
+    Returns
+    -------
+    DataFrame
+        `fit`, `against` (the global fit of the same level), `n_numbers`, `n_global`, `valid_percent`, `global_percent`
+        (validation error of mean E2E, mean over runs that are not overloaded), `gain_points`, `preferred`.
+    """
+    valid = scores[scores["split"] == VALID].set_index("fit")["e2e_percent"]
+    rows = []
+    for fit, against in pairs:
+        gain = float(valid[against] - valid[fit])
+        rows.append(
+            {
+                "fit": fit,
+                "against": against,
+                "n_numbers": n_numbers[fit],
+                "n_global": n_numbers[against],
+                "valid_percent": float(valid[fit]),
+                "global_percent": float(valid[against]),
+                "gain_points": gain,
+                "preferred": "variant" if gain > MIN_GAIN_POINTS else "global",
+            }
+        )
+    return pd.DataFrame(rows)

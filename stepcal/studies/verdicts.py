@@ -1,0 +1,104 @@
+"""The verdict on each of the report's hypotheses, from its evidence and its frozen rules."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+
+from stepcal.datasets import content_sha256, experiments, published_h1, published_h2
+from stepcal.errors import InputError
+from stepcal.evaluation.preregistration import load_preregistration
+from stepcal.evaluation.verdict import Verdict, judge
+from stepcal.studies.evidence import h1_evidence, h2_evidence, published_h1_evidence, published_h2_evidence
+from stepcal.studies.evidence_physical import folder_sha256, h1b_evidence, h2b_evidence, h3_evidence
+from stepcal.studies.provenance import MEASURED, NO_EVIDENCE, Provenance
+from stepcal.studies.registry import END_TO_END, PHYSICAL_EVIDENCE, PHYSICAL_MODEL, load_study
+
+
+def verdict_of(
+    hypothesis: str, *, data: Path | str | None = None, published: bool = False, accelerator: str | None = None
+) -> tuple[Verdict, Provenance]:
+    """Judge a hypothesis on our evidence, or on the study's published figures.
+
+    Parameters
+    ----------
+    hypothesis : str
+        ``h1``, ``h2``, ``h2_step``, ``h1b``, ``h2b`` or ``h3``.
+    data : path, optional
+        Folder of the public layout; defaults to `STEPCAL_DATA`, and to the recorded evidence without it. For ``h3`` a folder
+        of new experiments (`stepcal.experiments.folders`), without which it is not evaluated.
+    published : bool
+        Judge the published per-experiment figures instead of our own.
+    accelerator : str, optional
+        GPU of the new experiments of ``h3`` that do not name theirs.
+
+    Returns
+    -------
+    Verdict
+    Provenance
+
+    Raises
+    ------
+    InputError
+        If the hypothesis is unknown, its pre-registration was changed, it has no published figures, or `accelerator` is
+        given for another than ``h3``.
+    """
+    registered = load_preregistration(hypothesis)
+    if accelerator is not None and registered.id != "h3":
+        raise InputError(
+            f"`--accelerator` is for the new experiments of h3; `{registered.id}` takes none. Leave it out."
+        )
+    if registered.id in _OURS:
+        if published:
+            raise InputError(
+                f"`{registered.id}` is ours and has no published figures; `--published` knows h1, h2, h2_step. Leave it out."
+            )
+        evidence, provenance = _OURS[registered.id](data, accelerator)
+        return judge(registered, evidence), provenance
+    if registered.id == "h1":
+        if published:
+            table = published_h1()
+            return judge(registered, published_h1_evidence(table)), _published_provenance(table)
+        study = load_study("h1", data=data)
+        return judge(registered, h1_evidence(study["correlations"])), study.provenance
+    if published:
+        table = published_h2()
+        return judge(registered, published_h2_evidence(table)), _published_provenance(table)
+    study, end_to_end = load_study("h2", data=data), load_study(END_TO_END, data=data)
+    evidence = h2_evidence(study["scores"], experiments()["experiment_id"], end_to_end["evidence"])
+    return judge(registered, evidence), end_to_end.provenance
+
+
+def _h1b(data: Path | str | None, _: str | None) -> tuple[pd.DataFrame, Provenance]:
+    study = load_study(PHYSICAL_EVIDENCE, data=data)
+    return h1b_evidence(study["components"]), study.provenance
+
+
+def _h2b(data: Path | str | None, _: str | None) -> tuple[pd.DataFrame, Provenance]:
+    physical, more = load_study(PHYSICAL_MODEL, data=data), load_study(PHYSICAL_EVIDENCE, data=data)
+    return h2b_evidence(physical["errors"], physical["folds"], more["intervals"]), physical.provenance
+
+
+def _h3(data: Path | str | None, accelerator: str | None) -> tuple[pd.DataFrame, Provenance]:
+    """Judge new runs only: the folder of the calibration's traces (`STEPCAL_DATA`) has nothing to say here."""
+    folder = None if data is None else Path(data)
+    evidence = h3_evidence(folder, set(experiments()["experiment_id"]), accelerator=accelerator)
+    if folder is None:
+        return evidence, Provenance(NO_EVIDENCE, "", 0, 0)
+    n_runs = evidence["unit"].nunique()
+    return evidence, Provenance(MEASURED, folder_sha256(folder), n_runs, n_runs)
+
+
+def _published_provenance(table: pd.DataFrame) -> Provenance:
+    n_steps = int(table["n_test"].sum()) if "n_test" in table else int(table["n_steps"].max())
+    return Provenance("published", content_sha256(table), n_steps, len(experiments()))
+
+
+_OURS: dict[str, Callable[[Path | str | None, str | None], tuple[pd.DataFrame, Provenance]]] = {
+    "h1b": _h1b,
+    "h2b": _h2b,
+    "h3": _h3,
+}
+"""Evidence of our own hypotheses."""
