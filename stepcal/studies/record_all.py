@@ -73,8 +73,10 @@ def write_variant_coefficients(variant: str) -> Path:
         "description": f"The study's variant {variant}, fitted to the training steps of its public traces",
         "data_sha256": recording.provenance["data_sha256"],
         "parameters": [
-            {"name": row.name, "value": float(row.value), "unit": row.unit, "identified": bool(row.identified)}
-            for row in own.itertuples(index=False, name="Row")
+            {"name": str(name), "value": float(value), "unit": str(unit), "identified": bool(identified)}
+            for name, value, unit, identified in zip(
+                own["name"], own["value"], own["unit"], own["identified"], strict=True
+            )
         ],
     }
     path = data_folder() / "coefficients" / f"{variant}.json"
