@@ -114,7 +114,9 @@ def fit(
 @app.command()
 @_reports_errors
 def verdict(
-    hypothesis: Annotated[str, typer.Argument(help="A pre-registered hypothesis: h1, h2, h2_step, h1b, h2b or h3.")],
+    hypothesis: Annotated[
+        str, typer.Argument(help="A pre-registered hypothesis: h1, h2, h2_step, h1b, h2b, h3 or h4.")
+    ],
     experiments: Annotated[
         Path | None,
         typer.Option(

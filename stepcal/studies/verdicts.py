@@ -25,7 +25,7 @@ def verdict_of(
     Parameters
     ----------
     hypothesis : str
-        ``h1``, ``h2``, ``h2_step``, ``h1b``, ``h2b`` or ``h3``.
+        ``h1``, ``h2``, ``h2_step``, ``h1b``, ``h2b``, ``h3`` or ``h4``.
     data : path, optional
         Folder of the public layout; defaults to `STEPCAL_DATA`, and to the recorded evidence without it. For ``h3`` a folder
         of new experiments (`stepcal.experiments.folders`), without which it is not evaluated.
@@ -96,9 +96,19 @@ def _published_provenance(table: pd.DataFrame) -> Provenance:
     return Provenance("published", content_sha256(table), n_steps, len(experiments()))
 
 
+def _h4(data: Path | str | None, _: str | None) -> tuple[pd.DataFrame, Provenance]:
+    """Nothing to judge: the rules are frozen, the model that they speak of is not fitted yet."""
+    if data is not None:
+        raise InputError(
+            "`h4` is frozen, and its model is not fitted yet: there is nothing to judge. Leave out `--experiments`."
+        )
+    return pd.DataFrame(columns=["quantity", "variant", "unit", "value", "reason"]), Provenance(NO_EVIDENCE, "", 0, 0)
+
+
 _OURS: dict[str, Callable[[Path | str | None, str | None], tuple[pd.DataFrame, Provenance]]] = {
     "h1b": _h1b,
     "h2b": _h2b,
     "h3": _h3,
+    "h4": _h4,
 }
 """Evidence of our own hypotheses."""
