@@ -6,6 +6,8 @@ into exit status 2 with the message alone.
 
 from __future__ import annotations
 
+import reprlib
+
 
 class StepcalError(Exception):
     """Base of every error that stepcal raises on purpose."""
@@ -21,3 +23,22 @@ class NotModelledError(InputError):
 
 class MissingDataError(StepcalError, FileNotFoundError):
     """A trace that is not shipped was not found. The message says where it was looked for and how to get it."""
+
+
+_SHOWN = reprlib.Repr()
+_SHOWN.maxlevel, _SHOWN.maxlist, _SHOWN.maxdict, _SHOWN.maxtuple = 2, 4, 4, 4
+_SHOWN.maxstring = _SHOWN.maxother = 80
+_MOST_DIGITS = 30
+
+
+def shown(value: object) -> str:
+    """Return a value as an error shows it: its `repr`, cut so that no input can make a message long.
+
+    Examples
+    --------
+    >>> shown("llama"), shown([0] * 1000)
+    ("'llama'", '[0, 0, 0, 0, ...]')
+    """
+    if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 10**_MOST_DIGITS:
+        return f"a whole number of more than {_MOST_DIGITS} digits"
+    return _SHOWN.repr(value)

@@ -43,7 +43,7 @@ def rank_next_experiments(fitted: Calibration, *, accelerator: str = "h100-sxm",
     rows = []
     for name in MODELS:
         architecture = load_architecture(name)
-        size = architecture.num_parameters() * architecture.bytes_per_weight
+        size = architecture.weights_bytes()
         for degree in DEGREES:
             if size / degree > HBM_SHARE_FOR_WEIGHTS * gpu.hbm_capacity_bytes:
                 continue

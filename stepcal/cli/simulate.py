@@ -60,7 +60,7 @@ def run_simulation(options: SimulateOptions, on_progress: Progress | None = None
     """
     if options.steps is not None:
         refuse_unwritable(options.steps)
-    architecture = resolve_architecture(options.architecture)
+    architecture = resolve_architecture(options.architecture, max_model_len=options.server.max_model_len)
     pool = offload_blocks(architecture, options.kv_offloading_gib, block_size=options.server.block_size)
     server = replace(options.server, offload_blocks=pool)
     coefficients = load_coefficients(options.coefficients)

@@ -319,7 +319,7 @@ def _estimated_blocks(
     share = settings.values.get("gpu_memory_utilization", DEFAULT_MEMORY_SHARE)
     if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share <= 1:
         raise InputError(f"{settings.path}: `gpu_memory_utilization` is {share!r}; it must be above 0 and at most 1.")
-    weights_gib = architecture.num_parameters() * architecture.bytes_per_weight / tensor_parallel / BYTES_PER_GIB
+    weights_gib = architecture.weights_bytes() / tensor_parallel / BYTES_PER_GIB
     overhead_gib = OVERHEAD_GIB + (OVERHEAD_OF_RANKS_GIB if tensor_parallel > 1 else 0.0)
     block_gib = block_size * kv_bytes_per_token(architecture, tensor_parallel=tensor_parallel) / BYTES_PER_GIB
     blocks = int((share * _memory_gib(accelerator) - weights_gib - overhead_gib) / block_gib)

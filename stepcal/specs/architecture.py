@@ -8,30 +8,24 @@ from __future__ import annotations
 
 import csv
 import functools
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from stepcal.errors import InputError, NotModelledError
+from stepcal.documents import read_json_object
+from stepcal.errors import InputError, shown
 from stepcal.locations import data_folder
+from stepcal.specs.config_json import read_fields
+from stepcal.specs.weight_formats import BYTES_PER_ELEMENT, FULL_WIDTH, WeightWidths
 
-BYTES_PER_ELEMENT = {"float32": 4.0, "float16": 2.0, "bfloat16": 2.0, "fp8": 1.0, "int8": 1.0, "int4": 0.5}
-"""Storage of one weight, bytes. IEEE 754 and OCP FP8 widths."""
-
-UNGATED_MODEL_TYPES = frozenset(
-    {"bloom", "codegen", "falcon", "gpt2", "gpt_bigcode", "gpt_neox", "gptj", "mpt", "opt", "phi", "starcoder2"}
-)
-"""Model types whose MLP has two matrices (up, down); every other one is taken to be gated (three)."""
-
-ATTENTION_NOT_MODELLED = {
-    "kv_lora_rank": "multi-head latent attention",
-    "ssm_cfg": "state-space layers",
-    "state_size": "state-space layers",
-    "linear_num_key_heads": "linear attention",
-}
-FULL_ATTENTION_LAYERS = frozenset({"full_attention", "global"})
+MODELOPT_FILE = "hf_quant_config.json"
+"""Where modelopt writes the quantisation, beside config.json."""
+_LONGEST_NAME = 100
+_POSITIVE_FIELDS = (
+    "hidden_size", "num_layers", "num_attention_heads", "num_kv_heads", "head_dim", "vocab_size", "intermediate_size",
+    "num_experts", "experts_per_token", "max_position_embeddings",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -60,6 +54,14 @@ class ModelArchitecture:
     max_position_embeddings : int
     weight_dtype : str
         A key of `BYTES_PER_ELEMENT`; ``fp8`` and the like where a quantisation is declared.
+    weight_widths : WeightWidths, optional
+        Bytes of a weight by group, scales included. By default `weight_dtype` in the layers and 16 bits in the embedding
+        and the output matrix.
+    other_parameters : int, optional
+        Weights outside the matrices: norms, biases, position tables and gates. By default those of a Llama: two norms a
+        layer and one at the end, and the biases that `attention_bias` stands for.
+    notes : tuple of str
+        What of the checkpoint was left out.
     """
 
     name: str
@@ -80,11 +82,17 @@ class ModelArchitecture:
     tie_word_embeddings: bool = False
     max_position_embeddings: int = 4096
     weight_dtype: str = "bfloat16"
+    weight_widths: WeightWidths | None = None
+    other_parameters: int | None = None
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for field in ("hidden_size", "num_layers", "num_attention_heads", "num_kv_heads", "head_dim", "vocab_size"):
-            if getattr(self, field) < 1:
-                raise InputError(f"`{field}` of `{self.name}` is {getattr(self, field)}; it must be at least 1.")
+        for field in _POSITIVE_FIELDS:
+            value = getattr(self, field)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise InputError(
+                    f"`{field}` of `{self.name}` is {shown(value)}; it must be a whole number of at least 1."
+                )
         if self.experts_per_token > self.num_experts:
             raise InputError(
                 f"`{self.name}` sends each token to {self.experts_per_token} experts (`num_experts_per_tok`) "
@@ -95,6 +103,11 @@ class ModelArchitecture:
                 f"The {self.num_attention_heads} attention heads of `{self.name}` do not share its "
                 f"{self.num_kv_heads} KV heads evenly (`num_key_value_heads` in config.json)."
             )
+        if self.other_parameters is None:
+            object.__setattr__(self, "other_parameters", self._llama_like_parameters())
+        if self.weight_widths is None:
+            width = self.bytes_per_weight
+            object.__setattr__(self, "weight_widths", WeightWidths(attention=width, mlp=width, experts=width))
 
     @property
     def kv_width(self) -> int:
@@ -118,49 +131,85 @@ class ModelArchitecture:
 
     @property
     def bytes_per_weight(self) -> float:
-        """Bytes of one stored weight."""
+        """Bytes of one stored weight of the layers, without scales."""
         return BYTES_PER_ELEMENT[self.weight_dtype]
 
-    def num_parameters(self) -> int:
-        """Count the weights of a Llama-like checkpoint: matrices, biases of queries, keys and values, two norms a layer.
+    @property
+    def widths(self) -> WeightWidths:
+        """Bytes of one stored weight by group of weights, scales included."""
+        return self.weight_widths or WeightWidths()
 
-        Gates of shared experts, norms of queries and keys, and other biases, which some families add, are not counted;
-        they are below a ten-thousandth of the whole.
-        """
-        h, bias = self.hidden_size, int(self.attention_bias)
-        attention = h * (self.query_width + 2 * self.kv_width) + self.query_width * h
-        attention += bias * (self.query_width + 2 * self.kv_width)
-        dense_mlp = self.mlp_matrices * h * self.intermediate_size
-        sparse_mlp = (
-            self.mlp_matrices
-            * h
-            * (self.num_experts * self.expert_intermediate_size + self.shared_expert_intermediate_size)
-        )
-        router = h * self.num_experts
-        layers = self.num_layers * (attention + 2 * h)
-        layers += (self.num_layers - self.num_moe_layers) * dense_mlp + self.num_moe_layers * (sparse_mlp + router)
-        embeddings = self.vocab_size * h * (1 if self.tie_word_embeddings else 2)
-        return layers + embeddings + h
+    def num_parameters(self) -> int:
+        """Count the weights of the checkpoint: matrices, norms, biases, position tables and gates."""
+        return sum(self._matrix_elements().values()) + int(self.other_parameters or 0)
+
+    def weights_bytes(self) -> float:
+        """Bytes of the stored weights: each group at its own width, scales included; all else at 16 bits."""
+        elements, widths = self._matrix_elements(), self.widths
+        stored = sum(elements[group] * getattr(widths, group) for group in elements if group != "router")
+        return stored + FULL_WIDTH * (elements["router"] + int(self.other_parameters or 0))
+
+    def _matrix_elements(self) -> dict[str, int]:
+        """Elements of the matrices by group, as `WeightWidths` names them, and of the routers."""
+        h, mlp = self.hidden_size, self.mlp_matrices * self.hidden_size
+        dense = (self.num_layers - self.num_moe_layers) * self.intermediate_size
+        shared = self.num_moe_layers * self.shared_expert_intermediate_size
+        return {
+            "attention": self.num_layers * h * 2 * (self.query_width + self.kv_width),
+            "mlp": mlp * (dense + shared),
+            "experts": self.num_moe_layers * mlp * self.num_experts * self.expert_intermediate_size,
+            "router": self.num_moe_layers * h * self.num_experts,
+            "embedding": self.vocab_size * h,
+            "head": 0 if self.tie_word_embeddings else self.vocab_size * h,
+        }
+
+    def _llama_like_parameters(self) -> int:
+        biases = (self.query_width + 2 * self.kv_width) if self.attention_bias else 0
+        return self.num_layers * (2 * self.hidden_size + biases) + self.hidden_size
 
     def tensor_parallel_degrees(self) -> list[int]:
-        """List the degrees that divide the attention heads, ascending."""
-        return [tp for tp in range(1, self.num_attention_heads + 1) if self.num_attention_heads % tp == 0]
+        """List the degrees that vLLM takes, ascending.
+
+        They divide the attention heads and the MLP's width; they divide the KV heads, or are multiples of them (each head
+        is then replicated).
+        """
+        return [tp for tp in range(1, self.num_attention_heads + 1) if self._why_not(tp) is None]
 
     def check_tensor_parallel(self, tensor_parallel: int) -> int:
-        """Return `tensor_parallel` if it divides the attention heads.
+        """Return `tensor_parallel` if vLLM takes it for this model.
 
         Raises
         ------
         InputError
             If it does not; the message lists the degrees that do.
         """
-        if tensor_parallel not in self.tensor_parallel_degrees():
+        why_not = self._why_not(tensor_parallel)
+        if why_not is not None:
             degrees = ", ".join(map(str, self.tensor_parallel_degrees()))
-            raise InputError(
-                f"`tensor_parallel={tensor_parallel}` does not divide the {self.num_attention_heads} attention heads of "
-                f"`{self.name}` (`num_attention_heads` in config.json). Degrees that fit: {degrees}."
-            )
+            raise InputError(f"`tensor_parallel={shown(tensor_parallel)}` {why_not}. Degrees that fit: {degrees}.")
         return tensor_parallel
+
+    def _why_not(self, tensor_parallel: int) -> str | None:
+        """What of the model a tensor-parallel degree does not divide, None if it fits."""
+        tp, kv = tensor_parallel, self.num_kv_heads
+        if tp < 1 or self.num_attention_heads % tp:
+            return (
+                f"does not divide the {self.num_attention_heads} attention heads of `{self.name}` (`num_attention_heads` in "
+                "config.json)"
+            )
+        if kv % tp and tp % kv:
+            return (
+                f"neither divides the {kv} KV heads of `{self.name}` (`num_key_value_heads` in config.json) nor is a "
+                "multiple of them, and vLLM refuses it"
+            )
+        widths = [self.intermediate_size] if self.num_moe_layers < self.num_layers else []
+        widths += [self.expert_intermediate_size, self.shared_expert_intermediate_size] if self.num_moe_layers else []
+        uneven = next((w for w in widths if w % tp), None)
+        return (
+            None
+            if uneven is None
+            else f"does not divide the MLP's width of {uneven} (`{self.name}`), and vLLM refuses it"
+        )
 
     @classmethod
     def from_config(
@@ -192,38 +241,12 @@ class ModelArchitecture:
             path = Path(config)
             origin, config = str(path), _read_json(path)
             name = (
-                name or config.get("_name_or_path") or (path.parent.name if path.name == "config.json" else path.stem)
+                name
+                or _own_name(config)
+                or (path.parent.name if path.name == "config.json" else path.stem)
+                or "unnamed"
             )
-        outer = config
-        # Multimodal checkpoints nest the language model; the top level still declares the quantisation.
-        config = {**config, **config["text_config"]} if isinstance(config.get("text_config"), Mapping) else config
-        _refuse_other_attention(config, origin, max_model_len)
-
-        hidden, heads = (
-            _integer(config, origin, "hidden_size", "n_embd"),
-            _integer(config, origin, "num_attention_heads", "n_head"),
-        )
-        layers = _integer(config, origin, "num_hidden_layers", "n_layer")
-        mixture = _mixture_fields(config, origin, layers)
-        model_type = config.get("model_type", "")
-        return cls(
-            name=str(name or outer.get("_name_or_path") or "unnamed"),
-            hidden_size=hidden,
-            num_layers=layers,
-            num_attention_heads=heads,
-            num_kv_heads=int(config.get("num_key_value_heads") or heads),
-            head_dim=int(config.get("head_dim") or hidden // heads),
-            vocab_size=_integer(config, origin, "vocab_size"),
-            mlp_matrices=2 if model_type in UNGATED_MODEL_TYPES else 3,
-            # Qwen2 has query, key and value biases that its config does not declare.
-            attention_bias=bool(
-                config.get("attention_bias", config.get("qkv_bias", model_type in ("qwen2", "qwen2_moe")))
-            ),
-            tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
-            max_position_embeddings=int(config.get("max_position_embeddings", 4096)),
-            weight_dtype=_weight_dtype(outer, config, origin),
-            **mixture,
-        )
+        return cls(name=name or _own_name(config) or "unnamed", **read_fields(config, origin, max_model_len))
 
 
 def load_architecture(name: str) -> ModelArchitecture:
@@ -251,14 +274,7 @@ def resolve_architecture(name_or_path: str, *, max_model_len: int | None = None)
     """
     if not (name_or_path.endswith(".json") or Path(name_or_path).is_file()):
         return load_architecture(name_or_path)
-    try:
-        read = ModelArchitecture.from_config(name_or_path, max_model_len=max_model_len)
-    except InputError:
-        raise
-    except (TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
-        raise InputError(
-            f"{name_or_path} is not a transformer's config.json: a field has a value of the wrong kind ({error})."
-        ) from None
+    read = ModelArchitecture.from_config(name_or_path, max_model_len=max_model_len)
     return next((known for known in _shipped().values() if replace(read, name=known.name) == known), read)
 
 
@@ -291,106 +307,16 @@ def _shipped() -> dict[str, ModelArchitecture]:
     return table
 
 
+def _own_name(config: Mapping[str, Any]) -> str | None:
+    name = config.get("_name_or_path")
+    return name[:_LONGEST_NAME] if isinstance(name, str) and name else None
+
+
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        parsed = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"No architecture file at {path}. Give the path of a HuggingFace config.json.") from None
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"{path} is not a readable JSON file: {error}. Download the model's config.json again."
-        ) from None
-    if not isinstance(parsed, dict):
-        raise InputError(f"{path} holds a JSON {type(parsed).__name__}; a HuggingFace config.json is an object.")
-    return parsed
-
-
-def _integer(config: Mapping[str, Any], origin: str, *keys: str) -> int:
-    for key in keys:
-        if config.get(key) is not None:
-            return int(config[key])
-    raise InputError(f"{origin} lacks `{keys[0]}`: it does not look like a transformer's config.json.")
-
-
-def _mixture_fields(config: Mapping[str, Any], origin: str, layers: int) -> dict[str, int]:
-    """Dense and expert widths, and how many layers are mixtures (interleaved in Llama 4 and Qwen2-MoE)."""
-    experts = next(
-        (int(config[k]) for k in ("num_local_experts", "num_experts", "n_routed_experts") if config.get(k)), 1
-    )
-    width = int(
-        config.get("intermediate_size")
-        or config.get("n_inner")
-        or 4 * _integer(config, origin, "hidden_size", "n_embd")
-    )
-    if experts == 1:
-        return {"intermediate_size": width, "expert_intermediate_size": width}
-    sparse = set(range(layers))
-    if config.get("moe_layers") is not None:
-        sparse = set(config["moe_layers"])
-    elif step := config.get("interleave_moe_layer_step"):
-        sparse = set(range(step - 1, layers, step))
-    elif step := config.get("decoder_sparse_step"):
-        sparse = {layer for layer in range(layers) if (layer + 1) % step == 0}
-    if frequency := config.get("moe_layer_freq"):
-        every = frequency if isinstance(frequency, list) else [layer % frequency == 0 for layer in range(layers)]
-        sparse &= {layer for layer, is_sparse in enumerate(every) if is_sparse}
-    sparse -= set(config.get("mlp_only_layers") or [])
-    sparse -= set(range(int(config.get("first_k_dense_replace") or 0)))
-    expert_width = int(config.get("moe_intermediate_size") or width)
-    shared = int(config.get("shared_expert_intermediate_size") or 0)
-    shared += int(config.get("n_shared_experts") or 0) * expert_width
-    if config.get("model_type", "").startswith("llama4"):
-        # Llama 4 always has one shared expert, and keeps the dense layers' width under a name of its own.
-        shared, expert_width = width, width
-        width = int(config.get("intermediate_size_mlp") or width)
-    return {
-        "intermediate_size": width,
-        "num_experts": experts,
-        "experts_per_token": _integer(config, origin, "num_experts_per_tok", "moe_topk"),
-        "expert_intermediate_size": expert_width,
-        "shared_expert_intermediate_size": shared,
-        "num_moe_layers": len(sparse),
-    }
-
-
-def _refuse_other_attention(config: Mapping[str, Any], origin: str, max_model_len: int | None) -> None:
-    for key, kind in ATTENTION_NOT_MODELLED.items():
-        if config.get(key):
-            raise NotModelledError(
-                f"{origin} declares {kind} (`{key}`), which stepcal does not model. Use a model with full attention."
-            )
-    other = sorted(set(config.get("layer_types") or []) - FULL_ATTENTION_LAYERS - {"sliding_attention"})
-    if other:
-        raise NotModelledError(f"{origin} has layers of type {', '.join(other)}, which stepcal does not model.")
-    layers = config.get("layer_types")
-    slides = "sliding_attention" in layers if layers else config.get("use_sliding_window", True)
-    longest = max_model_len or int(config.get("max_position_embeddings", 4096))
-    window, key = (config.get("sliding_window"), "sliding_window") if slides else (None, "")
-    if config.get("attention_chunk_size"):
-        window, key = config["attention_chunk_size"], "attention_chunk_size"
-    if window and window < longest:
-        raise NotModelledError(
-            f"{origin} attends to {window} tokens at a time (`{key}`), below the context limit of {longest}, "
-            f"which stepcal does not model. A server limited to `max_model_len` <= {window} never slides: pass that."
-        )
-
-
-def _weight_dtype(outer: Mapping[str, Any], config: Mapping[str, Any], origin: str) -> str:
-    quantization = outer.get("quantization_config") or config.get("quantization_config")
-    if quantization:
-        method = str(quantization.get("quant_method", "")).lower()
-        bits = quantization.get("bits") or quantization.get("w_bit")
-        dtype = {"4": "int4", "8": "int8"}.get(str(bits)) if bits else None
-        if dtype is None and ("fp8" in method or "float-quantized" in str(quantization)):
-            dtype = "fp8"
-        if dtype is None:
-            raise InputError(
-                f"{origin} declares the quantisation `{method}` (`quantization_config`), whose width stepcal does not know. "
-                f"Widths it knows: {', '.join(BYTES_PER_ELEMENT)}."
-            )
-        return dtype
-    dtype = str(config.get("torch_dtype") or config.get("dtype") or outer.get("torch_dtype") or "bfloat16")
-    dtype = dtype.removeprefix("torch.")
-    if dtype not in BYTES_PER_ELEMENT:
-        raise InputError(f"{origin} has `torch_dtype` {dtype!r}; stepcal knows {', '.join(BYTES_PER_ELEMENT)}.")
-    return dtype
+    if not path.exists():
+        raise InputError(f"No architecture file at {path}. Give the path of a HuggingFace config.json.")
+    config = read_json_object(path, what="HuggingFace config.json")
+    beside = path.parent / MODELOPT_FILE
+    if path.name == "config.json" and not config.get("quantization_config") and beside.is_file():
+        config["quantization_config"] = read_json_object(beside, what="quantisation file of modelopt")
+    return config

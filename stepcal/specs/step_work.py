@@ -10,6 +10,7 @@ from numpy.typing import ArrayLike
 
 from stepcal.specs.architecture import ModelArchitecture
 from stepcal.specs.hardware import Accelerator
+from stepcal.specs.weight_formats import FULL_WIDTH
 from stepcal.units import US_PER_S, FloatArray
 
 FLOPS_PER_MAC = 2
@@ -24,7 +25,7 @@ def weight_bytes(tokens: ArrayLike, architecture: ModelArchitecture, *, tensor_p
 
     A mixture layer reads the experts that its tokens visit: with `k` of `E` experts a token, chosen evenly, ``T`` tokens
     touch ``E (1 - (1 - k / E)^T)`` of them. Keys and values replicate where there are fewer heads than ranks. The
-    embedding is a look-up and not read; the output matrix is.
+    embedding is a look-up and not read; the output matrix is. Each group of weights has its own width, scales included.
 
     Parameters
     ----------
@@ -43,10 +44,11 @@ def weight_bytes(tokens: ArrayLike, architecture: ModelArchitecture, *, tensor_p
     """
     t = np.atleast_1d(np.asarray(tokens, dtype=float))
     attention, mlp, expert, router, head = _weights_of_a_rank(architecture, tensor_parallel)
+    widths = architecture.widths
     touched = architecture.num_experts * (1.0 - (1.0 - architecture.active_expert_fraction) ** t)
-    elements = attention + mlp + head + np.zeros_like(t)
-    elements += architecture.num_moe_layers * (touched * expert + router)
-    return np.where(t > 0, elements * architecture.bytes_per_weight, 0.0)
+    size = attention * widths.attention + mlp * widths.mlp + head * widths.head + np.zeros_like(t)
+    size += architecture.num_moe_layers * (touched * expert * widths.experts + router * FULL_WIDTH)
+    return np.where(t > 0, size, 0.0)
 
 
 def gemm_flops(tokens: ArrayLike, architecture: ModelArchitecture, *, tensor_parallel: int = 1) -> FloatArray:

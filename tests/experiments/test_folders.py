@@ -142,8 +142,11 @@ def test_bad_settings_are_named(server: dict, message: str, tmp_path) -> None:
         ({"exp-config.yaml": "- a\n- b\n"}, r"exp-config\.yaml holds a list; a mapping"),
         ({"profile.yaml": "just words"}, r"profile\.yaml holds a str"),
         ({"profile.yaml": {**PROFILE, "lora": {}}}, "Unknown workload field `lora`"),
-        ({"config.json": "{"}, r"config\.json is not a readable JSON file"),
-        ({"config.json": {**QWEN, "hidden_size": "wide"}}, r"config\.json is not a transformer's config\.json"),
+        ({"config.json": "{"}, r"config\.json, line 1: not JSON"),
+        (
+            {"config.json": {**QWEN, "hidden_size": "wide"}},
+            r"config\.json: `hidden_size` is 'wide'; it must be a whole number",
+        ),
     ],
 )
 def test_missing_and_broken_files_are_named(files: dict, message: str, tmp_path) -> None:
