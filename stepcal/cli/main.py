@@ -6,21 +6,15 @@ that does not hold, 2 bad input.
 
 from __future__ import annotations
 
-import functools
-import json
-import math
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, ParamSpec, TypeVar
+from typing import Annotated, Any
 
 import pandas as pd
 import typer
 
-from stepcal.errors import StepcalError
-from stepcal.files import refuse_unwritable, write_atomically
-
-P = ParamSpec("P")
-R = TypeVar("R")
+from stepcal.cli.ingest import ingest
+from stepcal.cli.output import Json, emit, reports_errors
+from stepcal.files import refuse_unwritable
 
 app = typer.Typer(
     help="How long does one step of an LLM server take? Fit step-time models to traces, judge them by frozen rules.",
@@ -35,30 +29,10 @@ Data = Annotated[
         "--data", help="Folder with the traces, or one trace file. Default: the folder that STEPCAL_DATA names."
     ),
 ]
-Json = Annotated[
-    str | None, typer.Option("--json", help="Write the result as JSON to this file, or `-` for standard output.")
-]
-
-
-def _reports_errors(command: Callable[P, R]) -> Callable[P, R]:
-    """Turn an expected error into its message and exit status 2."""
-
-    @functools.wraps(command)
-    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
-        try:
-            return command(*args, **kwargs)
-        except StepcalError as error:
-            typer.echo(f"Error: {error}", err=True)
-            raise typer.Exit(2) from None
-        except MemoryError as error:
-            typer.echo(f"Error: not enough memory. {error}. Give smaller limits or fewer requests.", err=True)
-            raise typer.Exit(2) from None
-
-    return wrapped
 
 
 @app.command()
-@_reports_errors
+@reports_errors
 def fit(
     variant: Annotated[
         str, typer.Argument(help="raw, constant, bucket, blackbox, xgboost, global9, phase16 or model36.")
@@ -108,11 +82,11 @@ def fit(
         f"(mean over {row['n_test']:,} test steps)"
         for row in result["per_experiment"]
     ]
-    _emit(result, json_out, "\n".join(lines))
+    emit(result, json_out, "\n".join(lines))
 
 
 @app.command()
-@_reports_errors
+@reports_errors
 def verdict(
     hypothesis: Annotated[
         str, typer.Argument(help="A pre-registered hypothesis: h1, h2, h2_step, h1b, h2b, h3 or h4.")
@@ -164,7 +138,7 @@ def verdict(
             for r in judged.criteria
         ],
     }
-    _emit(
+    emit(
         result,
         json_out,
         f"{judged.report()}\n  Evidence: {provenance.brief()}.",
@@ -172,7 +146,7 @@ def verdict(
 
 
 @app.command()
-@_reports_errors
+@reports_errors
 def simulate(
     architecture: Annotated[
         str,
@@ -280,11 +254,11 @@ def simulate(
             bar.update(ended - bar.n)
 
         summary = run_simulation(options, show).summary()
-    _emit(summary, json_out, summary_text(summary))
+    emit(summary, json_out, summary_text(summary))
 
 
 @app.command()
-@_reports_errors
+@reports_errors
 def evaluate(
     coefficients: Annotated[
         str,
@@ -343,7 +317,7 @@ def evaluate(
             f"  E2E: mean |error| {result['mean_abs_e2e_error_percent']:.1f}%, MSPE {result['mspe_percent']:+.1f}%, "
             f"{result['n_below_10_percent']} of {len(evaluable)} evaluable experiments below 10%"
         )
-    _emit(result, json_out, "\n".join(lines))
+    emit(result, json_out, "\n".join(lines))
 
 
 def _evaluation_line(row: dict[str, Any], arrivals: str) -> str:
@@ -372,7 +346,7 @@ def _note_lines(rows: list[dict[str, Any]]) -> list[str]:
 
 
 @app.command()
-@_reports_errors
+@reports_errors
 def download() -> None:
     """Fetch the public traces (about 35 MB) at their pinned commits, check their hashes, and keep them in a cache.
 
@@ -387,7 +361,7 @@ def download() -> None:
 
 
 @app.command()
-@_reports_errors
+@reports_errors
 def record(
     data: Data = None,
     check: Annotated[
@@ -405,7 +379,7 @@ def record(
 
 
 @app.command()
-@_reports_errors
+@reports_errors
 def report(
     output: Annotated[Path, typer.Option("--output", help="Folder for the built book.")] = Path("_build"),
     source: Annotated[
@@ -430,25 +404,7 @@ def _estimate(estimate: Any) -> dict[str, Any]:
     return {key: getattr(estimate, key) for key in keys}
 
 
-def _emit(result: dict[str, Any], json_out: str | None, text: str) -> None:
-    """Print the text to standard error, and the JSON where it was asked for."""
-    typer.echo(text, err=True)
-    if json_out is None:
-        return
-    serialised = json.dumps(_without_nan(result), indent=2, allow_nan=False) + "\n"
-    if json_out == "-":
-        typer.echo(serialised, nl=False)
-    else:
-        write_atomically(Path(json_out), serialised)
-
-
-def _without_nan(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_without_nan(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
+app.command()(reports_errors(ingest))
 
 if __name__ == "__main__":
     app()
