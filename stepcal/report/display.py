@@ -12,6 +12,7 @@ from IPython.display import HTML
 from myst_nb import glue
 from pandas.io.formats.style import Styler
 
+from stepcal.evaluation.preregistration import PreRegistration
 from stepcal.evaluation.verdict import Verdict
 from stepcal.studies.provenance import MEASURED, SIMULATED, Provenance
 from stepcal.studies.study import Study
@@ -85,6 +86,16 @@ def estimates_table(study: Study, variant: str) -> Styler:
     return show_table(table, f"{variant}: parameters, then the combinations that the data determine")
 
 
+def standing(p: PreRegistration) -> str:
+    """Return what a hypothesis can show: its status, and who set what, when.
+
+    A hypothesis that is older than the day its file was frozen had its thresholds set by others; our readings came later.
+    """
+    if p.status == "confirmatory" and p.date < p.frozen:
+        return "the study's thresholds, our readings, after exploration"
+    return p.status
+
+
 def verdict_card(verdict: Verdict, provenance: Provenance) -> HTML:
     """Return a verdict with its criteria, evidence and pre-registration as a card."""
     p = verdict.preregistration
@@ -104,9 +115,13 @@ def verdict_card(verdict: Verdict, provenance: Provenance) -> HTML:
         f"<strong>{p.id.upper()}</strong> {html.escape(p.title)}</p>"
         f'<table class="dataframe stepcal-table"><thead><tr><th>Criterion</th><th>Outcome</th><th>Evidence</th></tr></thead>'
         f"<tbody>{rows}</tbody></table>{possible}"
-        f"<p class='fine-print'>Pre-registration {p.sha256[:12]}, frozen {p.frozen}, {p.status}. "
-        f"Evidence: {html.escape(provenance.brief())}.</p></div>"
+        f"<p class='fine-print'>{html.escape(_capitalised(standing(p)))}. {html.escape(p.status_note)} "
+        f"Pre-registration {p.sha256[:12]}, frozen {p.frozen}. Evidence: {html.escape(provenance.brief())}.</p></div>"
     )
+
+
+def _capitalised(text: str) -> str:
+    return text[:1].upper() + text[1:]
 
 
 def glue_numbers(numbers: Mapping[str, object]) -> None:

@@ -87,7 +87,7 @@ def predicted_labels(labels: pd.DataFrame) -> Figure:
     axes.fill_between(ends, ends / 2, ends * 2, color="0.5", alpha=0.12, lw=0)
     axes.set(
         xscale="log", yscale="log", xlabel="published label (ms, median)", ylabel="predicted (ms)",
-        title="16 runs, nothing fitted to a server; band: a factor of two",
+        title="16 runs, costs from our CPU; band: a factor of two",
     )  # fmt: skip
     axes.legend(fontsize="small")
     return _finished(figure)

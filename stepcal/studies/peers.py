@@ -21,7 +21,9 @@ from stepcal.units import PERCENT
 
 OURS = "ours: default, in sample"
 OURS_LEFT_OUT = "ours: model left out"
-OURS_FITTED_NUMBERS = len(STEP_PARAMETERS) + len(API_PARAMETERS)
+OURS_INFERRED_SETTINGS = 2
+"""The size of the offload pool, and that generated tokens are stored in it: read off these runs' labels, not published."""
+OURS_FITTED_NUMBERS = len(STEP_PARAMETERS) + len(API_PARAMETERS) + OURS_INFERRED_SETTINGS
 FOUR_A_MODEL = "R4 direct calibration (4 coefficients per model, in sample)"
 EVOLVED = "R3 CMA-ES (in sample)"
 COEFFICIENTS_A_MODEL = 4

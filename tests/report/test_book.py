@@ -71,6 +71,31 @@ def test_glued_names_are_defined_on_their_page():
                 )
 
 
+def test_no_number_is_glued_inside_a_formula():
+    """MyST renders a role inside mathematics as text, and no warning says so."""
+    for notebook in NOTEBOOKS:
+        for cell in cells(notebook, "markdown"):
+            formulas = re.findall(r"\$\$.*?\$\$|\$[^$\n]*?glue:[^$]*?\$", source(cell), flags=re.DOTALL)
+            assert not [f for f in formulas if "glue:" in f], notebook.name
+
+
+HIDDEN = re.compile(r'<(script|style|pre|code|title)\b.*?</\1>|<(span|div) class="math.*?</\2>', re.DOTALL)
+RAW = re.compile(r"\{?glue:[^<]{0,60}|\$[^$<]{1,60}\$|\\(?:frac|mathrm|text)\{")
+
+
+def test_no_rendered_page_shows_a_role_or_tex():
+    for page in rendered_pages():
+        found = RAW.search(HIDDEN.sub("", page.read_text(encoding="utf-8")))
+        assert not found, f"{page.name}: {found.group(0) if found else ''}"
+
+
+def rendered_pages():
+    folder = Path(project_root() / "_build" / "html" / "book")
+    if not folder.is_dir():
+        pytest.skip("the book has not been built here (make report)")
+    return sorted(folder.glob("*.html"))
+
+
 def test_no_page_loads_anything_from_elsewhere():
     pages = Path(project_root() / "_build" / "html")
     if not pages.is_dir():
