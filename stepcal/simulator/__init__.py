@@ -4,6 +4,7 @@ It knows nothing of fits, architectures or plots: `simulate` takes a `RequestLis
 """
 
 from stepcal.simulator.arrivals import LoadStage, empirical_lengths, fixed_lengths, generate_arrivals
+from stepcal.simulator.clients import Clients, stage_starts
 from stepcal.simulator.config import ServerConfig
 from stepcal.simulator.conversations import make_conversations
 from stepcal.simulator.engine import SimulationInterrupted, simulate
@@ -14,6 +15,7 @@ from stepcal.simulator.steptime import CompiledStepTime, StepBatch, StepTime
 from stepcal.simulator.workload import RequestList, make_requests
 
 __all__ = [
+    "Clients",
     "CompiledStepTime",
     "LoadStage",
     "RequestList",
@@ -31,4 +33,5 @@ __all__ = [
     "read_workload",
     "replay_requests",
     "simulate",
+    "stage_starts",
 ]

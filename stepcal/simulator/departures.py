@@ -7,6 +7,7 @@ from stepcal.simulator.blocks import drop_ghost, free_anonymous, free_keyed, reg
 from stepcal.simulator.compilation import compiled, inlined
 from stepcal.simulator.layout import Limits, Pool, Requests, Slots
 from stepcal.simulator.scheduling import blocks_of, find_next_finish, stop_decoding
+from stepcal.simulator.sending import leave, push_arrival
 from stepcal.units import IntArray
 
 
@@ -44,15 +45,7 @@ def _follow_up(limits: Limits, requests: Requests, counts: IntArray, request: in
     if follower < 0:
         return
     due = now_us + limits.api_after_us + requests.rows.arrival_us[follower] + limits.api_before_us
-    i = counts[at.N_HEAP]
-    counts[at.N_HEAP] = i + 1
-    while i > 0:
-        parent = (i - 1) // 2
-        if requests.heap.time[parent] <= due:
-            break
-        requests.heap.time[i], requests.heap.request[i] = requests.heap.time[parent], requests.heap.request[parent]
-        i = parent
-    requests.heap.time[i], requests.heap.request[i] = due, follower
+    push_arrival(requests, counts, due, follower)
 
 
 @compiled
@@ -94,6 +87,10 @@ def _finish(limits: Limits, requests: Requests, slots: Slots, counts: IntArray, 
     _free_slot(slots, counts, slot)
     if requests.follower.size:
         _follow_up(limits, requests, counts, request, now_us)
+    if limits.has_clients:
+        answered_us = now_us + limits.api_after_us + limits.api_before_us
+        gives_up_us = requests.rows.arrival_us[request] + limits.timeout_us
+        leave(limits, requests, counts, request, min(answered_us, gives_up_us))
 
 
 @compiled
@@ -113,6 +110,8 @@ def abort_request(
     else:
         _abort_admitted(limits, requests, slots, pool, counts, request)
     _end(requests, slots, counts, request, at.ABORTED, now_us)
+    if limits.has_clients:
+        leave(limits, requests, counts, request, requests.rows.arrival_us[request] + limits.timeout_us)
     if requests.follower.size:  # the turns that would have followed are never sent
         turn = requests.follower[request]
         while turn >= 0:

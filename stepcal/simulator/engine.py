@@ -13,6 +13,7 @@ import numpy as np
 
 from stepcal.errors import InputError, StepcalError
 from stepcal.simulator import layout as at
+from stepcal.simulator.clients import Clients
 from stepcal.simulator.config import ServerConfig
 from stepcal.simulator.kernel import compile_advance
 from stepcal.simulator.layout import Int32Array, Limits, Pool, Requests, Slots, Times
@@ -30,6 +31,7 @@ _COMPILED_MODULES = (
     "compilation",
     "blocks",
     "scheduling",
+    "sending",
     "departures",
     "intake",
     "rows",
@@ -64,6 +66,7 @@ def simulate(
     server: ServerConfig,
     step_time: CompiledStepTime | StepTime,
     *,
+    clients: Clients | None = None,
     timeout_s: float = np.inf,
     api_before_us: float = 0.0,
     api_after_us: float = 0.0,
@@ -81,6 +84,9 @@ def simulate(
     server : ServerConfig
     step_time : CompiledStepTime or callable
         See `stepcal.simulator.steptime`. A callable is asked at every step, which is slower.
+    clients : Clients, optional
+        How many requests are in flight at most, and whether stages of load wait for each other. By default every
+        request is sent at its time.
     timeout_s : float
         How long a client waits before it gives up; the request is then aborted.
     api_before_us, api_after_us : float
@@ -120,6 +126,7 @@ def simulate(
         requests,
         server,
         step_time,
+        clients=clients,
         timeout_s=timeout_s,
         api_before_us=api_before_us,
         api_after_us=api_after_us,
@@ -146,6 +153,7 @@ class EngineRun:
         server: ServerConfig,
         step_time: CompiledStepTime | StepTime,
         *,
+        clients: Clients | None = None,
         timeout_s: float = np.inf,
         api_before_us: float = 0.0,
         api_after_us: float = 0.0,
@@ -156,6 +164,8 @@ class EngineRun:
         keep_empty: bool = False,
     ) -> None:
         self.request_list, self.server, self.step_time = requests, server, step_time
+        clients = Clients() if clients is None else clients
+        clients.check(requests)
         self.api_after_us = api_after_us
         self.asks = not isinstance(step_time, CompiledStepTime)
         self.times: Times = step_time.bind(server) if isinstance(step_time, CompiledStepTime) else dummy_times()
@@ -174,10 +184,13 @@ class EngineRun:
             has_abort_times=int(requests.abort_s is not None),
             usable_blocks=server.usable_blocks,
             offload_blocks=server.offload_blocks,
+            has_clients=int(clients.waits),
+            max_in_flight=min(clients.max_in_flight or 0, len(requests)),
+            stage_interval_us=clients.stage_interval_s * _US_PER_S,
         )
         prefixes = _prefixes(requests, server)
         us_per_unit = 1.0 if count_calls else _US_PER_S
-        self.requests = _lay_out_requests(requests, server, prefixes.chain, api_before_us, us_per_unit)
+        self.requests = _lay_out_requests(requests, clients, server, prefixes.chain, api_before_us, us_per_unit)
         self.slots = _lay_out_slots(server, prefixes.max_blocks, requests.n_stages)
         self.pool = _lay_out_pool(server, prefixes)
         self.recorder = StepRecorder(
@@ -186,6 +199,8 @@ class EngineRun:
         self.counts = np.zeros(at.SIZE_COUNTS, np.int64)
         self.counts[[at.NEXT_FINISH, at.PREFILL_SLOT, at.LAST_OUTPUT]] = at.NEVER, -1, -1
         self.counts[at.N_FREE_SLOTS] = server.max_num_seqs
+        self.counts[[at.LIST_END, at.N_STAGE_LEFT]] = clients.first_sent(requests)
+        self.counts[at.N_PLACES] = min(self.limits.max_in_flight, self.counts[at.LIST_END])
         self.clock = np.zeros(at.SIZE_CLOCK)
         self.batch = np.zeros(at.SIZE_BATCH, np.int64)
 
@@ -265,7 +280,12 @@ class EngineRun:
 
 
 def _lay_out_requests(
-    requests: RequestList, server: ServerConfig, chain: Int32Array, api_before_us: float, us_per_unit: float
+    requests: RequestList,
+    clients: Clients,
+    server: ServerConfig,
+    chain: Int32Array,
+    api_before_us: float,
+    us_per_unit: float,
 ) -> Requests:
     """Per-request arrays; refuses requests that could never be served."""
     n = len(requests)
@@ -276,10 +296,18 @@ def _lay_out_requests(
         rows[name] = np.nan
     rows["prompt_tokens"], rows["output_tokens"], rows["chain"] = prompt_tokens, requests.output_tokens, chain
     np.multiply(requests.arrival_s, us_per_unit, out=rows["arrival_us"])
+    rows["has_left"] = not clients.waits
     if requests.stage is not None:
         rows["stage"] = requests.stage
     follower, n_sessions = np.zeros(0, np.int32), 0
-    if requests.follows is None:
+    n_clients = min(clients.max_in_flight or 0, n)
+    if clients.stage_starts_s is not None:
+        # Later stages count from their begin, which is known when the one before has ended.
+        rows["arrival_us"] -= clients.stage_offsets_s(requests) * us_per_unit
+        rows["arrival_us"][: clients.first_sent(requests)] += (
+            clients.first_begin_s(requests) * us_per_unit + api_before_us
+        )
+    elif requests.follows is None:
         rows["arrival_us"] += api_before_us
     else:
         rows["is_follow_up"] = requests.follows >= 0
@@ -296,7 +324,11 @@ def _lay_out_requests(
         rows=rows,
         queue=np.empty(n, np.int32),
         follower=follower,
-        heap=np.zeros(n_sessions, at.HEAP_ROW),
+        heap=np.zeros(n_sessions + n_clients, at.HEAP_ROW),
+        places=np.full(n_clients, -np.inf),
+        think_us=clients.think_times_s(requests) * _US_PER_S,
+        stage_first=clients.stage_firsts(requests),
+        stage_end_us=np.full(requests.n_stages, -np.inf),
         abort_at=abort_at,
         abort_order=abort_order,
         output_abort_at=np.zeros(0),

@@ -6,13 +6,22 @@ from stepcal.simulator import layout as at
 from stepcal.simulator.compilation import compiled, inlined
 from stepcal.simulator.departures import abort_request
 from stepcal.simulator.layout import Limits, Pool, Requests, Slots
+from stepcal.simulator.sending import advance_clients, next_place, pop_arrival
 from stepcal.units import IntArray
 
 
 @inlined
-def next_arrival(requests: Requests, counts: IntArray) -> tuple[float, int]:
-    """Time of the next arrival, and its request; infinity and -1 if there is none."""
-    n = requests.rows.size
+def next_arrival(limits: Limits, requests: Requests, counts: IntArray) -> tuple[float, int]:
+    """Time of the next arrival, and its request; infinity and -1 if there is none.
+
+    Where a client will be free before that, its time is returned, with -1: what it sends can arrive then or later.
+    """
+    if limits.max_in_flight:
+        place = next_place(limits, requests, counts)
+        if counts[at.N_HEAP] > 0 and requests.heap.time[0] <= place:
+            return requests.heap.time[0], requests.heap.request[0]
+        return place, -1
+    n = counts[at.LIST_END]
     if requests.follower.size:
         while counts[at.NEXT_ARRIVAL] < n and requests.rows.is_follow_up[counts[at.NEXT_ARRIVAL]]:
             counts[at.NEXT_ARRIVAL] += 1
@@ -25,31 +34,17 @@ def next_arrival(requests: Requests, counts: IntArray) -> tuple[float, int]:
     return time, request
 
 
-@compiled
-def _pop_heap(requests: Requests, counts: IntArray) -> None:
-    counts[at.N_HEAP] -= 1
-    n = counts[at.N_HEAP]
-    time, request = requests.heap.time[n], requests.heap.request[n]
-    i, child = 0, 1
-    while child < n:
-        if child + 1 < n and requests.heap.time[child + 1] < requests.heap.time[child]:
-            child += 1
-        if requests.heap.time[child] >= time:
-            break
-        requests.heap.time[i], requests.heap.request[i] = requests.heap.time[child], requests.heap.request[child]
-        i, child = child, 2 * child + 1
-    requests.heap.time[i], requests.heap.request[i] = time, request
-
-
 @inlined
-def receive(requests: Requests, counts: IntArray, until: float) -> None:
+def receive(limits: Limits, requests: Requests, counts: IntArray, until: float) -> None:
     """Queue the requests that have arrived."""
     while True:
-        time, request = next_arrival(requests, counts)
+        if limits.has_clients:
+            advance_clients(limits, requests, counts, until)
+        time, request = next_arrival(limits, requests, counts)
         if request < 0 or time > until:
             return
-        if requests.follower.size and requests.rows.is_follow_up[request]:
-            _pop_heap(requests, counts)
+        if limits.max_in_flight or (requests.follower.size and requests.rows.is_follow_up[request]):
+            pop_arrival(requests, counts)
             requests.rows.arrival_us[request] = time
         else:
             counts[at.NEXT_ARRIVAL] += 1

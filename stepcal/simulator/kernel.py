@@ -195,6 +195,8 @@ def _jump_limit(limits: Limits, requests: Requests, slots: Slots, pool: Pool, co
         return 0
     call = counts[at.N_CALLS]
     n = min(limits.max_jump, counts[at.NEXT_FINISH] - call + 1)
+    if has_pending and (limits.has_clients or requests.follower.size):
+        n = min(n, 1)  # an answer that is processed after the first of these calls can bring another request
     if counts[at.N_KEYED_OUTPUTS]:
         if has_pending:
             return 0
@@ -250,7 +252,7 @@ def _begin_jump(
     n_waiting = counts[at.N_PREEMPTED] + counts[at.N_QUEUED]
     a, b, c = decode_line(times, n_decode, counts[at.SUM_BASE] + n_decode * (call + 1), n_waiting, clock[at.REJECTED])
     start = clock[at.FLIGHT_END] if is_async else clock[at.NOW]
-    event = min(next_arrival(requests, counts)[0], next_abort(limits, requests, counts))
+    event = min(next_arrival(limits, requests, counts)[0], next_abort(limits, requests, counts))
     n = n_most
     if event < np.inf and n > 1:
         # An asynchronous call is made when the step before it starts: it sees what came until then.
@@ -326,17 +328,17 @@ def _take_in(
     if not _has_work(counts, record) and counts[at.N_IN_FLIGHT] == 0:
         if counts[at.N_ENDED] == requests.rows.size:
             return at.DONE
-        time, request = next_arrival(requests, counts)
-        if request < 0:
+        time, _ = next_arrival(limits, requests, counts)
+        if time == np.inf:
             return at.STUCK
         if limits.counts_calls:  # the next arrivals come now, whatever their number
-            receive(requests, counts, max(time, float(counts[at.N_CALLS])))
+            receive(limits, requests, counts, max(time, float(counts[at.N_CALLS])))
         else:
             clock[at.NOW] = max(clock[at.NOW], time)
     if is_full(limits, counts, record):
         return at.PAUSED
     now = float(counts[at.N_CALLS]) if limits.counts_calls else clock[at.NOW]
-    receive(requests, counts, now)
+    receive(limits, requests, counts, now)
     abort_due(limits, requests, slots, pool, counts, now, now)
     return at.GO_ON
 

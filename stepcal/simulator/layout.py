@@ -68,7 +68,11 @@ N_ROW_CACHED = 30
 N_DRAWN = 31  # steps drawn for the sample of steps
 RESUME = 32  # 1 if the loop waits for the duration of the step it just scheduled
 HAS_CHANGED = 33  # 1 if `REJECTED` is to be computed anew: a request was admitted, preempted or has ended
-SIZE_COUNTS = 34
+LIST_END = 34  # requests of the list that may be sent, as far as stages have begun
+N_PLACES = 35
+N_STAGE_LEFT = 36  # requests of the present stage whose clients still wait
+NEXT_GIVE_UP = 37
+SIZE_COUNTS = 38
 
 # Elements of a batch: what the step time depends on.
 PREFILL_REQS, PREFILL_TOKENS, PREFILL_KV, PREFILL_PAIRS, DECODE_REQS, DECODE_KV, N_WAITING, HAS_FINISH = range(8)
@@ -100,6 +104,9 @@ class Limits(NamedTuple):
     has_abort_times: int
     usable_blocks: int
     offload_blocks: int  # of the pool in CPU memory, 0 without one
+    has_clients: int  # 1: requests wait for the end of others, see `sending`
+    max_in_flight: int  # clients, 0 for no limit
+    stage_interval_us: float
 
 
 # One row a request: what it asks for and what became of it.
@@ -121,6 +128,7 @@ REQUEST_ROW = np.dtype(
         ("stage", np.int16),
         ("status", np.int8),
         ("is_follow_up", np.int8),
+        ("has_left", np.int8),  # its client has its answer, or gave up
     ],
     align=True,
 )
@@ -174,7 +182,11 @@ class Requests(NamedTuple):
     rows: Rows  # REQUEST_ROW
     queue: Int32Array  # requests in order of arrival
     follower: Int32Array  # the next turn of each request's session, or -1; empty without sessions
-    heap: Rows  # HEAP_ROW: follow-up turns to be sent, earliest first
+    heap: Rows  # HEAP_ROW: requests on their way that are not sent in the order of the list, earliest first
+    places: FloatArray  # heap of the times from which clients are free
+    think_us: FloatArray  # per request; empty without
+    stage_first: IntArray  # (stages + 1,): where each stage begins in the list; empty unless stages drain
+    stage_end_us: FloatArray  # (stages,)
     abort_at: FloatArray
     abort_order: Int32Array
     output_abort_at: FloatArray  # conformance only: before the output of this call

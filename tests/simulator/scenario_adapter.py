@@ -35,7 +35,9 @@ def server_of(config: dict) -> ServerConfig:
     )
 
 
-def requests_of(scenario: dict, arrivals: list[float], aborts: list[float | None]) -> RequestList:
+def requests_of(
+    scenario: dict, arrivals: list[float], aborts: list[float | None] | None, stage: list[int] | None = None
+) -> RequestList:
     """The request list of a scenario. Arrivals and aborts are in the unit of the run's clock."""
     requests = scenario["requests"]
     contents = [r["output_content"] for r in requests]
@@ -45,7 +47,8 @@ def requests_of(scenario: dict, arrivals: list[float], aborts: list[float | None
         [r["output_tokens"] for r in requests],
         prompt=range(len(requests)),
         output_content=[_UNNAMED if c is None else c for c in contents],
-        abort_s=[np.inf if a is None else a for a in aborts],
+        abort_s=None if aborts is None else [np.inf if a is None else a for a in aborts],
+        stage=stage,
         index=[r["index"] for r in requests],
     )
 
@@ -139,14 +142,23 @@ def run_timed(scenario: dict, *, record: bool, max_jump: int | None = None, ask:
 def play_timed(scenario: dict, *, record: bool = True, max_jump: int | None = None, ask: bool = False) -> dict:
     """Play a timed scenario; the steps are those of the recording format, with their times."""
     run = run_timed(scenario, record=record, max_jump=max_jump, ask=ask)
+    return {"steps": timed_steps_of(run) if record else [], "outcome": outcome_of(scenario, run)}
+
+
+def timed_steps_of(run: EngineRun) -> list[dict]:
+    """The recorded steps of a run, with their times."""
+    recorded = run.recorder.rows()
+    assert recorded is not None
+    return [
+        {**step, "schedule_us": schedule, "start_us": start, "duration_us": end - start}
+        for step, (schedule, start, end) in zip(_steps(run), recorded.floats.tolist(), strict=True)
+    ]
+
+
+def outcome_of(scenario: dict, run: EngineRun) -> list[dict]:
+    """What became of the requests of a timed scenario."""
     rows = run.requests.rows
-    steps = []
-    if record:
-        recorded = run.recorder.rows()
-        assert recorded is not None
-        for step, (schedule, start, end) in zip(_steps(run), recorded.floats.tolist(), strict=True):
-            steps.append({**step, "schedule_us": schedule, "start_us": start, "duration_us": end - start})
-    outcome = [
+    return [
         {
             "index": r["index"],
             "status": at.STATUS_NAMES[rows["status"][i]],
@@ -162,4 +174,3 @@ def play_timed(scenario: dict, *, record: bool = True, max_jump: int | None = No
         }
         for i, r in enumerate(scenario["requests"])
     ]
-    return {"steps": steps, "outcome": outcome}

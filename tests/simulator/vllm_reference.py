@@ -411,6 +411,8 @@ class StepNumbers:
 
     def finish(self, step: Step) -> None: ...
 
+    def finished(self, index: int) -> None: ...
+
     now_us: float | None = None
 
 
@@ -456,13 +458,16 @@ class Clock:
     def finish(self, step: Step) -> None:
         self.now_us = max(self.now_us, step.end_us)
 
+    def finished(self, index: int) -> None:
+        """The output with a request's last token is processed. Here, nobody waits for it."""
+
 
 # --------------------------------------------------------------------------------------------------------------------
 # Engine
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def simulate(scenario: dict, step_time_us: Callable[[Batch], float] | None = None) -> dict:
+def simulate(scenario: dict, step_time_us: Callable[[Batch], float] | None = None, clock: Clock | None = None) -> dict:
     """Run a scenario to its end.
 
     Parameters
@@ -473,6 +478,8 @@ def simulate(scenario: dict, step_time_us: Callable[[Batch], float] | None = Non
         and the optional ``abort_us`` and ``timeout_us`` (from the arrival).
     step_time_us : callable, optional
         Microseconds that the device needs for a `Batch`.
+    clock : Clock, optional
+        When things happen, in place of the requests' own times; it knows the step time.
 
     Returns
     -------
@@ -490,7 +497,8 @@ def simulate(scenario: dict, step_time_us: Callable[[Batch], float] | None = Non
     config = scenario["config"]
     for d in descriptions:
         check_fits(d, config)
-    clock = StepNumbers(descriptions) if step_time_us is None else Clock(descriptions, step_time_us)
+    if clock is None:
+        clock = StepNumbers(descriptions) if step_time_us is None else Clock(descriptions, step_time_us)
     scheduler = Scheduler(config)
     # With asynchronous scheduling, vLLM keeps a second batch ready while the first one runs.
     max_batches_in_flight = 2 if config["async_scheduling"] else 1
@@ -544,6 +552,7 @@ def simulate(scenario: dict, step_time_us: Callable[[Batch], float] | None = Non
             if request.state == "finished":
                 finish_step[request.index] = step.number
                 finish_us[request.index] = clock.now_us
+                clock.finished(request.index)
 
     assert scheduler.pool.blocks_in_use == 0
     outcome = []
