@@ -16,20 +16,21 @@ import numpy as np
 
 from stepcal.calibration.closed_loop import prepare_runs, workload_jacobian, workload_residuals
 from stepcal.datasets import load_requests
-from stepcal.step_time.coefficients import frozen_theta
+from stepcal.step_time.coefficients import frozen_values
+from stepcal.step_time.physical_parameters import as_array, by_name
 from stepcal.studies.published_runs import load_experiments
 
 
 def time_gradient(data: Path | None, workers: int, repeats: int) -> None:
     """Print the time of residuals alone, and of residuals with their Jacobian, at the frozen default."""
     runs = prepare_runs(load_experiments(load_requests(data)))
-    log_theta = np.log(frozen_theta())
+    log_theta = np.log(as_array(frozen_values()))
     best_s = {}
     for n in sorted({1, workers}):
         alone, both = [], []
         for _ in range(repeats + 1):
             started = time.perf_counter()
-            residuals, _ = workload_residuals(runs, np.exp(log_theta), workers=n)
+            residuals, _ = workload_residuals(runs, by_name(np.exp(log_theta)), workers=n)
             evaluated = time.perf_counter()
             jacobian = workload_jacobian(runs, log_theta, residuals=residuals, workers=n)
             alone.append(evaluated - started)

@@ -1,13 +1,13 @@
-"""Learns the physical model's numbers where the truth is: from decode intervals, from simulated latencies, or both.
+"""Learns the physical model's parameters where the truth is: from decode intervals, from simulated latencies, or both.
 
-Every level minimises ``sum((log predicted - log measured)^2 / sigma^2) + sum((log theta - log prior)^2 / tau^2)`` over
-the logarithms of the numbers, on the first 60% of each experiment's arrivals; requests in flight at the boundary are
+Every level minimises ``sum((log predicted - log measured)^2 / sigma^2) + sum((log value - log prior)^2 / tau^2)`` over
+the logarithms of the values, on the first 60% of each experiment's arrivals; requests in flight at the boundary are
 dropped. `sigma` is what the model is expected to miss, not the noise of a mean over thousands of requests.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -20,8 +20,8 @@ from stepcal.datasets.splits import STUDY_FRACTIONS
 from stepcal.errors import InputError
 from stepcal.experiments.experiment import Experiment
 from stepcal.simulator import CompiledStepTime, RequestList, simulate
-from stepcal.step_time.physical import PhysicalFeatures, PhysicalModel, physical_clock
-from stepcal.step_time.physical_parameters import N_STEP, PARAMETERS, PhysicalParameter
+from stepcal.step_time.physical import PhysicalFeatures, PhysicalModel, compile_physical
+from stepcal.step_time.physical_parameters import API_PARAMETERS, PARAMETERS, LearnedParameter, as_array, by_name
 from stepcal.threads import each
 from stepcal.units import US_PER_S, BoolArray, FloatArray
 
@@ -65,28 +65,29 @@ class Calibration:
 
     Attributes
     ----------
-    theta : ndarray, shape (n_parameters,)
-        In the order of `PARAMETERS`.
+    values : dict
+        Value of each parameter, by name.
     residuals, jacobian : ndarray
-        Whitened, data rows first, prior rows last; the Jacobian is by ``log(theta)``.
+        Whitened, data rows first, prior rows last; the Jacobian is by the logarithms of the values, in the order of
+        `parameters`.
     labels : tuple of (str, ...)
         Experiment of each data row.
     n_evaluations : int
     level : str
     """
 
-    theta: FloatArray
+    values: dict[str, float]
     residuals: FloatArray
     jacobian: FloatArray
     labels: tuple[str, ...]
     n_evaluations: int
     level: str
-    parameters: tuple[PhysicalParameter, ...] = field(default=PARAMETERS)
+    parameters: tuple[LearnedParameter, ...] = field(default=PARAMETERS)
 
     @property
-    def values(self) -> dict[str, float]:
-        """Value of each number by name."""
-        return {p.name: float(v) for p, v in zip(self.parameters, self.theta, strict=True)}
+    def log_values(self) -> FloatArray:
+        """Logarithms of the values in the order of `parameters`, for linear algebra on the Jacobian."""
+        return np.log(as_array(self.values, self.parameters))
 
 
 def prepare_runs(experiments: Sequence[Experiment]) -> list[Run]:
@@ -125,30 +126,19 @@ def _prepare(experiment: Experiment) -> Run:
     return Run(experiment, requests, tuple(targets))
 
 
-def run_latencies_s(run: Run, theta: FloatArray) -> tuple[FloatArray, FloatArray]:
+def run_latencies_s(run: Run, values: Mapping[str, float]) -> tuple[FloatArray, FloatArray]:
     """Simulate a run; return each request's E2E latency and TTFT in seconds, NaN where it did not complete."""
-    return _latencies_s(run, _clock(run, theta), theta)
+    return _latencies_s(run, compile_physical(values, run.experiment.deployment), values)
 
 
-def _clock(run: Run, theta: FloatArray) -> CompiledStepTime:
-    experiment = run.experiment
-    return physical_clock(
-        theta[:N_STEP],
-        experiment.architecture,
-        experiment.accelerator,
-        experiment.server,
-        tensor_parallel=experiment.tensor_parallel,
-    )
-
-
-def _latencies_s(run: Run, clock: CompiledStepTime, theta: FloatArray) -> tuple[FloatArray, FloatArray]:
+def _latencies_s(run: Run, step_time: CompiledStepTime, values: Mapping[str, float]) -> tuple[FloatArray, FloatArray]:
     experiment = run.experiment
     result = simulate(
         run.requests,
         experiment.server,
-        clock,
+        step_time,
         timeout_s=experiment.workload.timeout_s,
-        api_before_us=float(theta[N_STEP]),
+        api_before_us=values["api_before_us"],
     )
     e2e = result.e2e_us() / US_PER_S
     return e2e, np.where(np.isnan(e2e), np.nan, result.ttft_us() / US_PER_S)
@@ -168,14 +158,16 @@ def stage_means(run: Run, target: Target, e2e: FloatArray, ttft: FloatArray) -> 
     }
 
 
-def workload_residuals(runs: Sequence[Run], theta: FloatArray, *, workers: int = 1) -> tuple[FloatArray, list[str]]:
+def workload_residuals(
+    runs: Sequence[Run], values: Mapping[str, float], *, workers: int = 1
+) -> tuple[FloatArray, list[str]]:
     """Whitened log errors of every stage mean, and the experiment of each.
 
     Parameters
     ----------
     runs : sequence of Run
-    theta : ndarray, shape (n_parameters,)
-        In the order of `PARAMETERS`.
+    values : mapping of str to float
+        Parameters by name.
     workers : int
         Threads that simulate; their number changes no bit of the result.
 
@@ -184,7 +176,7 @@ def workload_residuals(runs: Sequence[Run], theta: FloatArray, *, workers: int =
     residuals : ndarray, shape (n_residuals,)
     labels : list of str
     """
-    parts = each(lambda run: _run_residuals(run, *run_latencies_s(run, theta)), runs, workers=workers)
+    parts = each(lambda run: _run_residuals(run, *run_latencies_s(run, values)), runs, workers=workers)
     labels = [run.experiment.experiment_id for run, own in zip(runs, parts, strict=True) for _ in own]
     return np.concatenate([np.zeros(0), *parts]), labels
 
@@ -223,43 +215,51 @@ def workload_jacobian(
     -------
     ndarray, shape (n_residuals, n_parameters)
     """
-    theta = np.exp(log_theta)
-    base = workload_residuals(runs, theta, workers=workers)[0] if residuals is None else residuals
+    values = by_name(np.exp(log_theta))
+    base = workload_residuals(runs, values, workers=workers)[0] if residuals is None else residuals
     sizes = [len(r.targets) * len(SIGMA_OVERLOADED if r.experiment.overloaded else SIGMA_LATENCY) for r in runs]
     ends = np.cumsum([0, *sizes])
-    clocks = [_clock(run, theta) for run in runs]
+    step_times = [compile_physical(values, run.experiment.deployment) for run in runs]
 
     def difference(job: tuple[int, int]) -> FloatArray:
         i, j = job
-        moved = np.exp(log_theta + DIFFERENCE_STEP * (np.arange(theta.size) == j))
-        clock = _clock(runs[i], moved)
-        if clock.same_as(clocks[i]) and np.array_equal(moved[N_STEP:], theta[N_STEP:]):
+        moved = by_name(np.exp(log_theta + DIFFERENCE_STEP * (np.arange(log_theta.size) == j)))
+        step_time = compile_physical(moved, runs[i].experiment.deployment)
+        if step_time.same_as(step_times[i]) and all(moved[p.name] == values[p.name] for p in API_PARAMETERS):
             return np.zeros(sizes[i])
-        there = _run_residuals(runs[i], *_latencies_s(runs[i], clock, moved))
+        there = _run_residuals(runs[i], *_latencies_s(runs[i], step_time, moved))
         return (there - base[ends[i] : ends[i + 1]]) / DIFFERENCE_STEP
 
-    jobs = [(i, j) for j in range(theta.size) for i in range(len(runs))]
+    jobs = [(i, j) for j in range(log_theta.size) for i in range(len(runs))]
     parts = each(difference, jobs, workers=workers)
-    columns = [parts[j * len(runs) : (j + 1) * len(runs)] for j in range(theta.size)]
+    columns = [parts[j * len(runs) : (j + 1) * len(runs)] for j in range(log_theta.size)]
     return np.column_stack([np.concatenate([np.zeros(0), *column]) for column in columns])
 
 
-def interval_residuals(level: RequestLevel, theta: FloatArray) -> FloatArray:
+def interval_residuals(level: RequestLevel, values: Mapping[str, float]) -> FloatArray:
     """Whitened log errors of decode intervals; all rows of an experiment together weigh as one figure of it."""
-    predicted = PhysicalModel().predict_us(theta[:N_STEP], level.features)
+    predicted = PhysicalModel().predict_us(values, level.features)
     sigma, share = interval_scales(level)
     return share * soft(np.log(predicted / level.rows["interval_us"].to_numpy(dtype=float)) / sigma)
 
 
-def interval_jacobian(level: RequestLevel, theta: FloatArray) -> FloatArray:
-    """Derivative of `interval_residuals` by ``log(theta)``, shape (n_requests, n_parameters)."""
-    model = PhysicalModel()
-    predicted = model.predict_us(theta[:N_STEP], level.features)
-    relative = model.gradient_us(theta[:N_STEP], level.features) * theta[:N_STEP] / predicted[:, None]
+def interval_jacobian(level: RequestLevel, values: Mapping[str, float]) -> FloatArray:
+    """Derivative of `interval_residuals` by the logarithm of each of `PARAMETERS`, shape (n_requests, n_parameters)."""
     sigma, share = interval_scales(level)
+    predicted = PhysicalModel().predict_us(values, level.features)
     slope = soft_slope(np.log(predicted / level.rows["interval_us"].to_numpy(dtype=float)) / sigma)
-    api = np.zeros((len(relative), len(PARAMETERS) - N_STEP))
-    return (share * slope / sigma)[:, None] * np.hstack([relative, api])
+    return (share * slope / sigma)[:, None] * log_gradient(values, level.features)
+
+
+def log_gradient(values: Mapping[str, float], features: PhysicalFeatures) -> FloatArray:
+    """Derivative of the log step time by the logarithm of each of `PARAMETERS`, shape (n_steps, n_parameters).
+
+    No step says anything about the parameters around the engine.
+    """
+    model = PhysicalModel()
+    predicted, gradient = model.predict_us(values, features), model.gradient_us(values, features)
+    silent = np.zeros(len(features))
+    return np.column_stack([gradient.get(p.name, silent) * values[p.name] / predicted for p in PARAMETERS])
 
 
 def soft(errors: FloatArray) -> FloatArray:
@@ -292,7 +292,7 @@ def calibrate(
     *,
     runs: Sequence[Run] = (),
     level: RequestLevel | None = None,
-    start: FloatArray | None = None,
+    start: Mapping[str, float] | None = None,
     max_evaluations: int = MAX_EVALUATIONS,
     workers: int = 1,
 ) -> Calibration:
@@ -304,8 +304,8 @@ def calibrate(
         Fitted through the simulator; none for a fit at the request level alone.
     level : RequestLevel, optional
         Training rows (`training_rows`); None for a fit at the workload level alone.
-    start : ndarray, optional
-        Defaults to the priors.
+    start : mapping of str to float, optional
+        Parameters by name; defaults to the priors.
     max_evaluations : int
         Of residuals and Jacobian together; a workload-level Jacobian takes one pass of the runs that it touches a number.
     workers : int
@@ -322,34 +322,34 @@ def calibrate(
     """
     if not runs and (level is None or level.rows.empty):
         raise InputError("There is nothing to fit: give `runs`, `level`, or both.")
-    priors = np.log([p.start for p in PARAMETERS])
+    prior = np.log([p.start for p in PARAMETERS])
     scale = np.array([p.prior_log_sd for p in PARAMETERS])
     labels: list[str] = []
     # The optimiser asks for residuals and then for their Jacobian at the same place.
     known: dict[bytes, FloatArray] = {}
 
     def residuals(x: FloatArray) -> FloatArray:
-        theta, parts = np.exp(x), []
+        values, parts = by_name(np.exp(x)), []
         labels.clear()
         known.clear()
         if runs:
-            errors, names = workload_residuals(runs, theta, workers=workers)
+            errors, names = workload_residuals(runs, values, workers=workers)
             known[x.tobytes()] = errors
             parts.append(errors)
             labels.extend(names)
         if level is not None:
-            parts.append(interval_residuals(level, theta))
+            parts.append(interval_residuals(level, values))
             labels.extend(level.rows["experiment_id"])
-        return np.concatenate([*parts, (x - priors) / scale])
+        return np.concatenate([*parts, (x - prior) / scale])
 
     def jacobian(x: FloatArray) -> FloatArray:
         parts = [workload_jacobian(runs, x, residuals=known.get(x.tobytes()), workers=workers)] if runs else []
         if level is not None:
-            parts.append(interval_jacobian(level, np.exp(x)))
+            parts.append(interval_jacobian(level, by_name(np.exp(x))))
         return np.vstack([*parts, np.diag(1.0 / scale)])
 
     low, high = np.log([[p.low for p in PARAMETERS], [p.high for p in PARAMETERS]])
-    first = priors if start is None else np.log(start)
+    first = prior if start is None else np.log(as_array(start))
     first = np.clip(first, low + 1e-9, high - 1e-9)
     solution = least_squares(
         residuals,
@@ -365,12 +365,12 @@ def calibrate(
     )
     final = residuals(solution.x)
     name = "joint" if runs and level is not None else "workload" if runs else "request"
-    return Calibration(np.exp(solution.x), final, solution.jac, tuple(labels), int(solution.nfev), name)
+    return Calibration(by_name(np.exp(solution.x)), final, solution.jac, tuple(labels), int(solution.nfev), name)
 
 
 def fit_joint(runs: Sequence[Run], rows: RequestLevel, *, workers: int = 1) -> Calibration:
     """Fit both levels, starting from what the request level alone gives (milliseconds of work), on that many threads."""
-    return calibrate(runs=runs, level=rows, start=calibrate(level=rows).theta, workers=workers)
+    return calibrate(runs=runs, level=rows, start=calibrate(level=rows).values, workers=workers)
 
 
 def _mean_e2e(run: Run, stage: int | None = None) -> float:

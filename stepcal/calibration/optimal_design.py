@@ -9,11 +9,12 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from stepcal.calibration.closed_loop import SIGMA_INTERVAL, Calibration
+from stepcal.calibration.closed_loop import SIGMA_INTERVAL, Calibration, log_gradient
 from stepcal.specs.architecture import load_architecture
+from stepcal.specs.deployment import Deployment
 from stepcal.specs.hardware import load_accelerator
-from stepcal.step_time.physical import PhysicalModel, physical_features
-from stepcal.step_time.physical_parameters import N_STEP, PARAMETERS
+from stepcal.step_time.physical import physical_features
+from stepcal.step_time.physical_parameters import PARAMETERS
 
 MODELS = ("llama-2-7b", "codellama-34b", "llama-2-70b", "mixtral-8x7b")
 DEGREES = (1, 2, 4, 8)
@@ -37,9 +38,9 @@ def rank_next_experiments(fitted: Calibration, *, accelerator: str = "h100-sxm",
     DataFrame
         `model`, `tensor_parallel`, `batch`, `context_tokens`, `prefill_tokens` (a step), `gain_nats`, `tells_most_about`.
     """
-    gpu, model = load_accelerator(accelerator), PhysicalModel()
+    gpu = load_accelerator(accelerator)
     information = fitted.jacobian.T @ fitted.jacobian
-    covariance = np.linalg.inv(information)[:N_STEP, :N_STEP]
+    covariance = np.linalg.inv(information)
     rows = []
     for name in MODELS:
         architecture = load_architecture(name)
@@ -50,17 +51,13 @@ def rank_next_experiments(fitted: Calibration, *, accelerator: str = "h100-sxm",
             grid = [(b, c, p) for b in BATCHES for c in CONTEXTS for p in PREFILLS]
             batch, context, prefill = (np.array(column, dtype=float) for column in zip(*grid, strict=True))
             features = physical_features(
-                architecture,
-                gpu,
-                tensor_parallel=degree,
+                Deployment(architecture, gpu, degree),
                 decode_requests=batch,
                 kv_tokens=batch * context,
                 prefill_tokens=prefill,
                 prefill_requests=np.minimum(prefill, 1.0),
             )
-            theta = fitted.theta[:N_STEP]
-            gradient = model.gradient_us(theta, features) * theta / model.predict_us(theta, features)[:, None]
-            gradient /= SIGMA_INTERVAL
+            gradient = log_gradient(fitted.values, features) / SIGMA_INTERVAL
             spread = np.einsum("ij,jk,ik->i", gradient, covariance, gradient)
             for (b, c, p), j, s in zip(grid, gradient, spread, strict=True):
                 shrink = (covariance @ j) ** 2 / (1.0 + s) / np.diag(covariance)

@@ -55,9 +55,7 @@ def request_level(intervals: pd.DataFrame, experiments: Sequence[Experiment]) ->
         prefill = own["prefill_tokens"].to_numpy(dtype=float)
         parts.append(
             physical_features(
-                experiment.architecture,
-                experiment.accelerator,
-                tensor_parallel=experiment.tensor_parallel,
+                experiment.deployment,
                 decode_requests=own["batch"].to_numpy(dtype=float),
                 kv_tokens=own["kv_tokens"].to_numpy(dtype=float),
                 prefill_tokens=prefill,
@@ -69,8 +67,6 @@ def request_level(intervals: pd.DataFrame, experiments: Sequence[Experiment]) ->
                     own["batch"].to_numpy(dtype=float) + own["prefill_requests"].to_numpy(dtype=float),
                     own["kv_tokens"].to_numpy(dtype=float),
                 ),
-                block_size=experiment.server.block_size,
-                offload_blocks=experiment.server.offload_blocks,
             )
         )
         rows.append(
@@ -151,13 +147,9 @@ def _features(own: pd.DataFrame, e: Experiment) -> PhysicalFeatures:
     counts: dict[str, Any] = {c: own[c].to_numpy(dtype=float) for c in (*COUNTS, *PREFILL_COUNTS) if c in own}
     running = own["decode_tokens"].to_numpy(dtype=float) + own["num_prefill_reqs"].to_numpy(dtype=float)
     return physical_features(
-        e.architecture,
-        e.accelerator,
-        tensor_parallel=e.tensor_parallel,
+        e.deployment,
         decode_requests=own["decode_tokens"].to_numpy(dtype=float),
         prefill_requests=own["num_prefill_reqs"].to_numpy(dtype=float),
         rejected=batch_rejections(e, running, counts["kv_tokens"]),
-        block_size=e.server.block_size,
-        offload_blocks=e.server.offload_blocks,
         **counts,
     )

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
 
 from stepcal.calibration.closed_loop import Calibration, Run, _mean_e2e, run_latencies_s
 from stepcal.metrics import CONFIDENCE
-from stepcal.step_time.physical_parameters import PARAMETERS
+from stepcal.step_time.physical_parameters import PARAMETERS, as_array, by_name
 from stepcal.units import MS_PER_S, PERCENT, FloatArray
 
 DETERMINED_SHRINKAGE = 0.5
@@ -36,7 +36,7 @@ def parameter_table(fitted: Calibration, *, seed: int = 0) -> tuple[pd.DataFrame
         `name`, `unit`, `value`, `low`, `high`, `prior`, `prior_log_sd`, `posterior_log_sd`, `identified`, `reason`,
         `source`.
     draws : ndarray, shape (n_resamples, n_parameters)
-        Of ``log(theta)``.
+        Of the logarithms of the values, in the order of `PARAMETERS`.
     """
     n = len(fitted.labels)
     data, priors = fitted.jacobian[:n], fitted.jacobian[n:]
@@ -51,20 +51,20 @@ def parameter_table(fitted: Calibration, *, seed: int = 0) -> tuple[pd.DataFrame
     for i in range(BOOTSTRAP_RESAMPLES):
         weights = rng.multinomial(len(names), np.full(len(names), 1.0 / len(names))).astype(float)
         hessian = np.tensordot(weights, hessians, axes=1) + prior_hessian
-        draws[i] = np.log(fitted.theta) - np.linalg.solve(hessian, weights @ scores + prior_score)
+        draws[i] = fitted.log_values - np.linalg.solve(hessian, weights @ scores + prior_score)
     draws = np.clip(draws, low, high)
     tail = PERCENT * (1 - CONFIDENCE) / 2
     bounds = np.exp(np.percentile(draws, [tail, PERCENT - tail], axis=0))
     rows = []
     for j, p in enumerate(PARAMETERS):
         shrinkage = posterior[j] / p.prior_log_sd
-        at_bound = "at its lower bound" if fitted.theta[j] <= p.low * 1.001 else ""
+        at_bound = "at its lower bound" if fitted.values[p.name] <= p.low * 1.001 else ""
         reason = at_bound or ("" if shrinkage < DETERMINED_SHRINKAGE else "the prior holds it more than the data")
         rows.append(
             {
                 "name": p.name,
                 "unit": p.unit,
-                "value": float(fitted.theta[j]),
+                "value": fitted.values[p.name],
                 "low": float(bounds[0, j]),
                 "high": float(bounds[1, j]),
                 "prior": p.start,
@@ -79,26 +79,26 @@ def parameter_table(fitted: Calibration, *, seed: int = 0) -> tuple[pd.DataFrame
 
 
 def singular_values(fitted: Calibration) -> pd.DataFrame:
-    """Return the singular values of the whitened data Jacobian by ``log(theta)``: below 1, the prior weighs more."""
+    """Return the singular values of the whitened data Jacobian by log values: below 1, the prior weighs more."""
     data = fitted.jacobian[: len(fitted.labels)]
     _, values, vectors = np.linalg.svd(data, full_matrices=False)
     leading = [PARAMETERS[int(np.argmax(np.abs(v)))].name for v in vectors]
     return pd.DataFrame({"rank": np.arange(1, len(values) + 1), "singular_value": values, "mostly": leading})
 
 
-def e2e_intervals(runs: Sequence[Run], theta: FloatArray, draws: FloatArray) -> pd.DataFrame:
+def e2e_intervals(runs: Sequence[Run], values: Mapping[str, float], draws: FloatArray) -> pd.DataFrame:
     """Return each run's predicted mean E2E with the interval that the learned numbers' uncertainty gives it.
 
     Linear in the logarithms, so too narrow where a queue amplifies errors.
     """
 
-    def log_means(numbers: FloatArray) -> FloatArray:
-        return np.array([np.log(np.nanmean(run_latencies_s(run, numbers)[0])) for run in runs])
+    def log_means(x: FloatArray) -> FloatArray:
+        own = by_name(np.exp(x))
+        return np.array([np.log(np.nanmean(run_latencies_s(run, own)[0])) for run in runs])
 
-    base, x = log_means(theta), np.log(theta)
-    slopes = np.column_stack(
-        [(log_means(np.exp(x + E2E_STEP * np.eye(x.size)[j])) - base) / E2E_STEP for j in range(x.size)]
-    )
+    x = np.log(as_array(values))
+    base = log_means(x)
+    slopes = np.column_stack([(log_means(x + E2E_STEP * np.eye(x.size)[j]) - base) / E2E_STEP for j in range(x.size)])
     spread = base + (draws - x) @ slopes.T
     tail = PERCENT * (1 - CONFIDENCE) / 2
     low, high = np.exp(np.percentile(spread, [tail, PERCENT - tail], axis=0)) * MS_PER_S

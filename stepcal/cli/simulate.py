@@ -17,6 +17,7 @@ from stepcal.errors import InputError
 from stepcal.files import refuse_unwritable, write_bytes_atomically
 from stepcal.simulator import RequestList, ServerConfig, SimulationResult, read_workload, replay_requests, simulate
 from stepcal.specs.architecture import ModelArchitecture, resolve_architecture
+from stepcal.specs.deployment import Deployment
 from stepcal.specs.hardware import load_accelerator
 from stepcal.specs.kv_offloading import offload_blocks
 from stepcal.step_time.coefficients import load_coefficients
@@ -66,19 +67,15 @@ def run_simulation(options: SimulateOptions, on_progress: Progress | None = None
     coefficients = load_coefficients(options.coefficients)
     if options.experiment is not None:
         coefficients = coefficients.of_experiment(options.experiment)
-    clock = coefficients.clock(
-        architecture,
-        load_accelerator(options.accelerator),
-        server,
-        tensor_parallel=architecture.check_tensor_parallel(options.tensor_parallel),
-    )
+    deployment = Deployment(architecture, load_accelerator(options.accelerator), options.tensor_parallel, server)
+    step_time = coefficients.compile(deployment)
     requests, timeout_s, name = _requests(options)
     learned = {"api_before_us": 0.0, "api_after_us": 0.0} | coefficients.api_overheads_us()
     before_us, after_us = options.api_before_us, options.api_after_us
     result = simulate(
         requests,
         server,
-        clock,
+        step_time,
         timeout_s=timeout_s if options.timeout_s is None else options.timeout_s,
         api_before_us=learned["api_before_us"] if before_us is None else before_us,
         api_after_us=learned["api_after_us"] if after_us is None else after_us,

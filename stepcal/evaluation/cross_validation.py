@@ -6,7 +6,7 @@ fold is fitted anew from the priors; a held-out run is judged whole, for nothing
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 
@@ -17,7 +17,7 @@ from stepcal.calibration.closed_loop import Calibration, Run, _mean_e2e, fit_joi
 from stepcal.calibration.training_rows import RequestLevel, training_rows
 from stepcal.evaluation.latency_errors import compare, judged_error_percent, mean_errors, training_mean
 from stepcal.experiments.latencies import latency_table, measured_latencies
-from stepcal.units import PERCENT, FloatArray
+from stepcal.units import PERCENT
 
 LEAVE_OUT = ("stage", "workload", "model")
 LOW, HIGH = 0, 1
@@ -88,7 +88,7 @@ def fit_fold(fold: Fold, runs: Sequence[Run], level: RequestLevel) -> Calibratio
     return fit_joint(chosen, training_rows(level.subset(mask)))
 
 
-def evaluate(runs: Sequence[Run], theta: FloatArray, variant: str) -> pd.DataFrame:
+def compare_runs(runs: Sequence[Run], values: Mapping[str, float], variant: str) -> pd.DataFrame:
     """Compare predictions with measurements, closed loop.
 
     Returns
@@ -98,14 +98,14 @@ def evaluate(runs: Sequence[Run], theta: FloatArray, variant: str) -> pd.DataFra
     """
     parts = []
     for run in runs:
-        e2e, ttft = run_latencies_s(run, theta)
+        e2e, ttft = run_latencies_s(run, values)
         predicted = latency_table(e2e, ttft, run.experiment.workload.output_len, np.asarray(run.requests.stage))
         parts.append(_tagged(compare(predicted, measured_latencies(run.experiment)), run, variant))
     return pd.concat(parts, ignore_index=True)
 
 
 def baseline(runs: Sequence[Run]) -> pd.DataFrame:
-    """Predict every mean by the mean of the run's first 60% of arrivals, in the form of `evaluate`."""
+    """Predict every mean by the mean of the run's first 60% of arrivals, in the form of `compare_runs`."""
     parts = [
         _tagged(compare(training_mean(r.experiment), measured_latencies(r.experiment)), r, "training_mean")
         for r in runs
@@ -161,7 +161,7 @@ def _judge_fold(fold: Fold, runs: Sequence[Run], level: RequestLevel) -> tuple[p
     fitted = fit_fold(fold, runs, level)
     judged = [run for run in runs if run.experiment.experiment_id in fold.judged]
     split = f"stage {HIGH}" if fold.only_stage is not None else "whole"
-    scores = errors_by_run(evaluate(judged, fitted.theta, "default"), judged, split)
+    scores = errors_by_run(compare_runs(judged, fitted.values, "default"), judged, split)
     scores["baseline_percent"] = [_fold_baseline_percent(fold, runs, name) for name in scores["experiment_id"]]
     values = pd.DataFrame(list(fitted.values.items()), columns=["name", "value"])
     tags = {"leave_out": fold.leave_out, "fold": fold.name}

@@ -77,16 +77,11 @@ def _evaluate_one(
     row |= {"measured": latency_summary(known, WHOLE)}
     nothing = dict.fromkeys([*(f"{m}_error_percent" for m in LATENCIES), "judged_error_percent"])
     try:
-        clock = coefficients.of_experiment(experiment.experiment_id).clock(
-            experiment.architecture,
-            experiment.accelerator,
-            experiment.server,
-            tensor_parallel=experiment.tensor_parallel,
-        )
+        step_time = coefficients.of_experiment(experiment.experiment_id).compile(experiment.deployment)
     except InputError as error:
         return {**row, "predicted": None, **nothing, "reason": str(error)}
     try:
-        result = run_experiment(experiment, clock, process=process, seed=seed, **coefficients.api_overheads_us())
+        result = run_experiment(experiment, step_time, process=process, seed=seed, **coefficients.api_overheads_us())
     except InputError as error:
         raise type(error)(f"{experiment.experiment_id}: {error}") from None
     table = compare(predicted_latencies(result, experiment.workload.output_len), known)

@@ -91,7 +91,7 @@ def training_mean(experiment: Experiment) -> pd.DataFrame:
     return rows.assign(value=rows["metric"].map(means))
 
 
-def pace_clock(experiment: Experiment) -> CompiledStepTime:
+def pace_step_time(experiment: Experiment) -> CompiledStepTime:
     """Return a constant step time: the mean time per output token of the first 60% of arrivals.
 
     Raises

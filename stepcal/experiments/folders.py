@@ -33,6 +33,7 @@ from stepcal.experiments.experiment import CLIENT_TIMEOUT_S, Experiment
 from stepcal.experiments.latencies import WHOLE, measured_latencies, summary_latencies
 from stepcal.simulator import SharedPrefixWorkload, read_workload
 from stepcal.specs.architecture import ModelArchitecture, load_architecture, resolve_architecture
+from stepcal.specs.deployment import Deployment
 
 Case = tuple[Experiment, pd.DataFrame]
 
@@ -172,10 +173,7 @@ def _read_run(
         about = [*about, *prompts]
     experiment = Experiment(
         experiment_id=_name(run),
-        architecture=architecture,
-        accelerator=gpu,
-        tensor_parallel=degree,
-        server=server,
+        deployment=Deployment(architecture, gpu, degree, server),
         workload=workload,
         overloaded=False,
         requests=requests,

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from stepcal.specs.architecture import ModelArchitecture
-from stepcal.specs.hardware import Accelerator
+from stepcal.specs.deployment import Deployment
 from stepcal.specs.weight_formats import FULL_WIDTH
 from stepcal.units import US_PER_S, FloatArray
 
@@ -20,7 +20,7 @@ COLLECTIVES_PER_LAYER = 2
 """All-reduces after attention and after the MLP (Shoeybi et al. 2019, Megatron-LM, arXiv:1909.08053)."""
 
 
-def weight_bytes(tokens: ArrayLike, architecture: ModelArchitecture, *, tensor_parallel: int = 1) -> FloatArray:
+def weight_bytes(tokens: ArrayLike, deployment: Deployment) -> FloatArray:
     """Bytes of weights that a rank reads in a step of some tokens.
 
     A mixture layer reads the experts that its tokens visit: with `k` of `E` experts a token, chosen evenly, ``T`` tokens
@@ -30,20 +30,14 @@ def weight_bytes(tokens: ArrayLike, architecture: ModelArchitecture, *, tensor_p
     Parameters
     ----------
     tokens : array_like of float, shape (n_steps,)
-    architecture : ModelArchitecture
-    tensor_parallel : int
+    deployment : Deployment
 
     Returns
     -------
     ndarray of float, shape (n_steps,)
-
-    Raises
-    ------
-    InputError
-        If `tensor_parallel` does not divide the attention heads.
     """
-    t = np.atleast_1d(np.asarray(tokens, dtype=float))
-    attention, mlp, expert, router, head = _weights_of_a_rank(architecture, tensor_parallel)
+    t, architecture = np.atleast_1d(np.asarray(tokens, dtype=float)), deployment.architecture
+    attention, mlp, expert, router, head = _weights_of_a_rank(deployment)
     widths = architecture.widths
     touched = architecture.num_experts * (1.0 - (1.0 - architecture.active_expert_fraction) ** t)
     size = attention * widths.attention + mlp * widths.mlp + head * widths.head + np.zeros_like(t)
@@ -51,23 +45,21 @@ def weight_bytes(tokens: ArrayLike, architecture: ModelArchitecture, *, tensor_p
     return np.where(t > 0, size, 0.0)
 
 
-def gemm_flops(tokens: ArrayLike, architecture: ModelArchitecture, *, tensor_parallel: int = 1) -> FloatArray:
+def gemm_flops(tokens: ArrayLike, deployment: Deployment) -> FloatArray:
     """FLOPs of a rank's matrix products for some tokens, shape (n_steps,); a mixture computes the experts visited."""
-    t = np.atleast_1d(np.asarray(tokens, dtype=float))
-    attention, mlp, expert, router, head = _weights_of_a_rank(architecture, tensor_parallel)
+    t, architecture = np.atleast_1d(np.asarray(tokens, dtype=float)), deployment.architecture
+    attention, mlp, expert, router, head = _weights_of_a_rank(deployment)
     visited = architecture.num_moe_layers * (architecture.experts_per_token * expert + router)
     return FLOPS_PER_MAC * t * (attention + mlp + head + visited)
 
 
 def kv_bytes_per_token(architecture: ModelArchitecture, *, tensor_parallel: int = 1) -> float:
     """Bytes of one token's keys and values on a rank, all layers; at least one head a rank, so heads replicate."""
-    heads = max(architecture.num_kv_heads / architecture.check_tensor_parallel(tensor_parallel), 1.0)
+    heads = max(architecture.num_kv_heads / tensor_parallel, 1.0)
     return 2.0 * heads * architecture.head_dim * architecture.num_layers * BYTES_PER_ACTIVATION
 
 
-def all_reduce_bytes(
-    tokens: ArrayLike, architecture: ModelArchitecture, *, tensor_parallel: int = 1
-) -> tuple[FloatArray, FloatArray]:
+def all_reduce_bytes(tokens: ArrayLike, deployment: Deployment) -> tuple[FloatArray, FloatArray]:
     """Bytes that a rank receives in a step's all-reduces, if they take one stage or two; both of shape (n_steps,).
 
     In one stage a rank reads the message of each other rank; in two, a reduce-scatter and an all-gather, it receives
@@ -75,37 +67,27 @@ def all_reduce_bytes(
     (csrc/custom_all_reduce.cuh), and takes one stage with two ranks or for small messages.
     """
     t = np.atleast_1d(np.asarray(tokens, dtype=float))
-    ranks = architecture.check_tensor_parallel(tensor_parallel)
+    architecture, ranks = deployment.architecture, deployment.tensor_parallel
     messages = COLLECTIVES_PER_LAYER * architecture.num_layers * t * architecture.hidden_size * BYTES_PER_ACTIVATION
     return messages * (ranks - 1), messages * 2.0 * (ranks - 1) / ranks
 
 
-def floor_us(
-    tokens: ArrayLike,
-    kv_tokens: ArrayLike,
-    architecture: ModelArchitecture,
-    accelerator: Accelerator,
-    *,
-    tensor_parallel: int = 1,
-) -> FloatArray:
+def floor_us(tokens: ArrayLike, kv_tokens: ArrayLike, deployment: Deployment) -> FloatArray:
     """Time in which the datasheet's bandwidth moves a step's weights and KV, shape (n_steps,): no step is shorter."""
     kv = np.atleast_1d(np.asarray(kv_tokens, dtype=float))
-    kv_bytes = kv * kv_bytes_per_token(architecture, tensor_parallel=tensor_parallel)
-    return (weight_bytes(tokens, architecture, tensor_parallel=tensor_parallel) + kv_bytes) * (
-        US_PER_S / accelerator.hbm_bandwidth
-    )
+    kv_bytes = kv * kv_bytes_per_token(deployment.architecture, tensor_parallel=deployment.tensor_parallel)
+    return (weight_bytes(tokens, deployment) + kv_bytes) * (US_PER_S / deployment.accelerator.hbm_bandwidth)
 
 
-def pair_flops(architecture: ModelArchitecture, *, tensor_parallel: int = 1) -> float:
+def pair_flops(deployment: Deployment) -> float:
     """FLOPs of one query-context pair of prefill attention on a rank, all layers: scores and weighted sum of values."""
-    return 2.0 * FLOPS_PER_MAC * architecture.query_width * architecture.num_layers / tensor_parallel
+    a = deployment.architecture
+    return 2.0 * FLOPS_PER_MAC * a.query_width * a.num_layers / deployment.tensor_parallel
 
 
-def _weights_of_a_rank(
-    architecture: ModelArchitecture, tensor_parallel: int
-) -> tuple[float, float, float, float, float]:
+def _weights_of_a_rank(deployment: Deployment) -> tuple[float, float, float, float, float]:
     """Elements on a rank: attention and dense MLPs of all layers, one expert, one router, the output matrix."""
-    a, tp = architecture, architecture.check_tensor_parallel(tensor_parallel)
+    a, tp = deployment.architecture, deployment.tensor_parallel
     kv_width = max(a.num_kv_heads / tp, 1.0) * a.head_dim
     attention = a.num_layers * a.hidden_size * 2.0 * (a.query_width / tp + kv_width)
     mlp = (a.num_layers - a.num_moe_layers) * a.mlp_matrices * a.hidden_size * a.intermediate_size / tp

@@ -17,13 +17,13 @@ import numpy as np
 
 from stepcal.errors import InputError
 from stepcal.locations import data_folder
-from stepcal.simulator import CompiledStepTime, ServerConfig
-from stepcal.specs.architecture import ModelArchitecture
+from stepcal.simulator import CompiledStepTime
+from stepcal.specs.deployment import Deployment
 from stepcal.specs.hardware import Accelerator
 from stepcal.step_time.baselines import BLACKBOX_FEATURES, Blackbox, ConstantStep, RawAnalytical, StepBaseline
-from stepcal.step_time.compile import Clock, baseline_clock, correction_clock
+from stepcal.step_time.compile import AnyStepTime, compile_baseline, compile_corrections
 from stepcal.step_time.corrections import CorrectionModel, Global9, Model36, Phase16
-from stepcal.step_time.physical import physical_clock
+from stepcal.step_time.physical import compile_physical
 from stepcal.step_time.physical_parameters import API_PARAMETERS, PARAMETERS, STEP_PARAMETERS
 
 DEFAULT = "default"
@@ -57,32 +57,24 @@ class Coefficients:
     origin: str
     combine: str = SUM
 
-    def clock(
-        self,
-        architecture: ModelArchitecture,
-        accelerator: Accelerator,
-        server: ServerConfig,
-        *,
-        tensor_parallel: int,
-    ) -> Clock:
-        """Return the clock of one server.
+    def compile(self, deployment: Deployment) -> AnyStepTime:
+        """Compile the step time of one deployment, for the simulator.
 
         Raises
         ------
         InputError
-            If a parameter is missing, or the model was not fitted to the architecture's family.
+            If a parameter is missing, the model was not fitted to the architecture's family, or the deployment names no
+            server.
         """
         if self.variant == AFFINE:
             return self._affine()
         if self.variant == DEFAULT:
-            numbers = [self._value(p.name) for p in STEP_PARAMETERS]
-            return physical_clock(numbers, architecture, accelerator, server, tensor_parallel=tensor_parallel)
+            return compile_physical({p.name: self._value(p.name) for p in STEP_PARAMETERS}, deployment)
         if self.variant in _BASELINES:
-            baseline = _BASELINES[self.variant](self, accelerator)
-            return baseline_clock(baseline, architecture, accelerator, server, tensor_parallel=tensor_parallel)
-        model = self._correction_model(accelerator)
+            return compile_baseline(_BASELINES[self.variant](self, deployment.accelerator), deployment)
+        model = self._correction_model(deployment.accelerator)
         theta = np.array([self._value(p.name) for p in model.parameters])
-        return correction_clock(model, theta, architecture, accelerator, server, tensor_parallel=tensor_parallel)
+        return compile_corrections(model, theta, deployment)
 
     def of_experiment(self, experiment_id: str) -> Coefficients:
         """Return the coefficients of one experiment: of a baseline that was fitted to several, its own; else the same.
@@ -286,7 +278,7 @@ _BASELINES: dict[str, Callable[[Coefficients, Accelerator], StepBaseline]] = {
 }
 
 
-def frozen_theta() -> np.ndarray:
-    """Return the frozen default in the order of `stepcal.step_time.physical_parameters.PARAMETERS`."""
+def frozen_values() -> dict[str, float]:
+    """Return the parameters of the frozen default, by name."""
     values = load_coefficients(DEFAULT).values
-    return np.array([values[p.name] for p in PARAMETERS])
+    return {p.name: values[p.name] for p in PARAMETERS}

@@ -1,4 +1,4 @@
-"""From a fitted step-time model to a clock of the simulator.
+"""From a fitted step-time model to a step time that the simulator runs on, compiled for one deployment.
 
 A correction model is a sum of a prefill term, a decode term and a constant, so it becomes tables over tokens and is
 compiled. Baselines that are no such sums become a table over prefill tokens and decoding requests.
@@ -11,8 +11,7 @@ import pandas as pd
 
 from stepcal.errors import InputError
 from stepcal.simulator import CompiledStepTime, ServerConfig, StepTime
-from stepcal.specs.architecture import ModelArchitecture
-from stepcal.specs.hardware import Accelerator
+from stepcal.specs.deployment import Deployment
 from stepcal.step_time.baselines import (
     BATCH_FEATURES,
     Blackbox,
@@ -26,29 +25,19 @@ from stepcal.step_time.corrections import SMALLEST_STEP_US, CorrectionModel, Ste
 from stepcal.step_time.decomposition import study_components_us
 from stepcal.units import FloatArray, IntArray
 
-Clock = CompiledStepTime | StepTime
+AnyStepTime = CompiledStepTime | StepTime
+"""What a simulator takes: tables over tokens and requests, or a callable."""
 
 
-def correction_clock(
-    model: CorrectionModel,
-    theta: FloatArray,
-    architecture: ModelArchitecture,
-    accelerator: Accelerator,
-    server: ServerConfig,
-    *,
-    tensor_parallel: int,
-) -> CompiledStepTime:
-    """Compile a fitted correction model for one server.
+def compile_corrections(model: CorrectionModel, theta: FloatArray, deployment: Deployment) -> CompiledStepTime:
+    """Compile a fitted correction model for one deployment.
 
     Parameters
     ----------
     model : CorrectionModel
     theta : ndarray, shape (n_parameters,)
-    architecture : ModelArchitecture
-    accelerator : Accelerator
-    server : ServerConfig
-        Its limits bound the tables.
-    tensor_parallel : int
+    deployment : Deployment
+        The limits of its server bound the tables.
 
     Returns
     -------
@@ -57,13 +46,13 @@ def correction_clock(
     Raises
     ------
     InputError
-        If the model was not fitted to the architecture's family, or `tensor_parallel` does not divide its heads.
+        If the model was not fitted to the architecture's family, or the deployment names no server.
     """
 
     def total(prefill: IntArray, decode: IntArray) -> FloatArray:
-        features = StepFeatures.of_batches(prefill, decode, architecture, accelerator, tensor_parallel=tensor_parallel)
-        return model.total_us(theta, features)
+        return model.total_us(theta, StepFeatures.of_batches(prefill, decode, deployment))
 
+    server = deployment.limits
     tokens, requests = np.arange(server.max_num_batched_tokens + 1), np.arange(server.max_num_seqs + 1)
     constant = float(total(np.zeros(1, int), np.zeros(1, int))[0])
     return CompiledStepTime(
@@ -74,22 +63,25 @@ def correction_clock(
     )
 
 
-def baseline_clock(
-    baseline: StepBaseline,
-    architecture: ModelArchitecture,
-    accelerator: Accelerator,
-    server: ServerConfig,
-    *,
-    tensor_parallel: int,
-) -> CompiledStepTime:
-    """Turn a fitted baseline into a clock of one server.
+def compile_baseline(baseline: StepBaseline, deployment: Deployment) -> CompiledStepTime:
+    """Compile a fitted baseline for one deployment.
 
-    Parameters are those of `correction_clock`, and `baseline` is one of `stepcal.step_time.baselines`.
+    Parameters
+    ----------
+    baseline : StepBaseline
+        One of `stepcal.step_time.baselines`.
+    deployment : Deployment
+        The limits of its server bound the tables.
+
+    Returns
+    -------
+    CompiledStepTime
 
     Raises
     ------
     InputError
-        If the baseline looks at something that a simulator does not know before the step runs.
+        If the baseline looks at something that a simulator does not know before the step runs, or the deployment names
+        no server.
     """
     if isinstance(baseline, ConstantStep):
         return CompiledStepTime(constant_us=baseline.median_us)
@@ -102,36 +94,36 @@ def baseline_clock(
             floor_us=SMALLEST_STEP_US,
         )
     if isinstance(baseline, GradientBoosting):
-        return _boosting_clock(baseline, server)
-    prefill, decode = _raw_tables_us(architecture, accelerator, server, tensor_parallel)
+        return _boosting_table(baseline, deployment.limits)
+    prefill, decode = _raw_tables_us(deployment)
     if isinstance(baseline, RawAnalytical):
         return CompiledStepTime(prefill_tokens_us=prefill, decode_requests_us=decode, floor_us=SMALLEST_STEP_US)
     if isinstance(baseline, BucketMedianRatio):
-        return _bucket_clock(baseline, prefill, decode)
-    raise InputError(f"No clock for a `{type(baseline).__name__}`. Give the simulator a callable of your own.")
+        return _bucket_table(baseline, prefill, decode)
+    raise InputError(
+        f"No step time can be compiled from a `{type(baseline).__name__}`. Give the simulator a callable of your own."
+    )
 
 
-def _raw_tables_us(
-    architecture: ModelArchitecture, accelerator: Accelerator, server: ServerConfig, tensor_parallel: int
-) -> tuple[FloatArray, FloatArray]:
+def _raw_tables_us(deployment: Deployment) -> tuple[FloatArray, FloatArray]:
     """Analytical time by prefill tokens, and by decode tokens."""
+    server = deployment.limits
     tokens, requests = np.arange(server.max_num_batched_tokens + 1), np.arange(server.max_num_seqs + 1)
 
     def raw(prefill: IntArray, decode: IntArray) -> FloatArray:
-        components = study_components_us(prefill, decode, architecture, accelerator, tensor_parallel=tensor_parallel)
-        total: FloatArray = components.sum(axis=1)
+        total: FloatArray = study_components_us(prefill, decode, deployment).sum(axis=1)
         return total
 
     return raw(tokens, np.zeros_like(tokens)), raw(np.zeros_like(requests), requests)
 
 
-def _bucket_clock(baseline: BucketMedianRatio, prefill_us: FloatArray, decode_us: FloatArray) -> CompiledStepTime:
+def _bucket_table(baseline: BucketMedianRatio, prefill_us: FloatArray, decode_us: FloatArray) -> CompiledStepTime:
     ratios = baseline.ratio(pd.DataFrame({"decode_tokens": np.arange(decode_us.size)}))
     raw = np.maximum(prefill_us[:, None] + decode_us, SMALLEST_STEP_US)
     return CompiledStepTime(batch_us=raw * ratios)
 
 
-def _boosting_clock(baseline: GradientBoosting, server: ServerConfig) -> CompiledStepTime:
+def _boosting_table(baseline: GradientBoosting, server: ServerConfig) -> CompiledStepTime:
     if tuple(baseline.features) != BATCH_FEATURES:
         raise InputError(
             f"Trees that see {', '.join(baseline.features)} cannot drive a simulator, which knows only "

@@ -15,7 +15,8 @@ import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
 from stepcal.errors import InputError
-from stepcal.specs.architecture import ModelArchitecture, load_architecture
+from stepcal.specs.architecture import load_architecture
+from stepcal.specs.deployment import Deployment
 from stepcal.specs.hardware import Accelerator
 from stepcal.step_time.decomposition import (
     STUDY_COMPONENTS,
@@ -94,17 +95,12 @@ class StepFeatures:
         cls,
         prefill_tokens: ArrayLike,
         decode_tokens: ArrayLike,
-        architecture: ModelArchitecture,
-        accelerator: Accelerator,
-        *,
-        tensor_parallel: int,
+        deployment: Deployment,
     ) -> StepFeatures:
         """Compute the features of batches of one server, given as token counts."""
-        components = study_components_us(
-            prefill_tokens, decode_tokens, architecture, accelerator, tensor_parallel=tensor_parallel
-        )
-        intensity = study_intensities(prefill_tokens, decode_tokens, architecture)
-        return cls(components, intensity, np.full(len(components), architecture.name))
+        components = study_components_us(prefill_tokens, decode_tokens, deployment)
+        intensity = study_intensities(prefill_tokens, decode_tokens, deployment.architecture)
+        return cls(components, intensity, np.full(len(components), deployment.architecture.name))
 
     def __len__(self) -> int:
         return len(self.components_us)

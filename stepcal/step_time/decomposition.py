@@ -14,6 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from stepcal.errors import InputError
 from stepcal.specs.architecture import ModelArchitecture, load_architecture
+from stepcal.specs.deployment import Deployment
 from stepcal.specs.hardware import Accelerator
 from stepcal.specs.step_work import BYTES_PER_ACTIVATION, FLOPS_PER_MAC
 from stepcal.units import US_PER_S, FloatArray
@@ -28,10 +29,7 @@ GATED_MLP_MATRICES = 3
 def study_components_us(
     prefill_tokens: ArrayLike,
     decode_tokens: ArrayLike,
-    architecture: ModelArchitecture,
-    accelerator: Accelerator,
-    *,
-    tensor_parallel: int = 1,
+    deployment: Deployment,
 ) -> FloatArray:
     """Component times of the study's analytical backbone, as published.
 
@@ -42,9 +40,7 @@ def study_components_us(
     Parameters
     ----------
     prefill_tokens, decode_tokens : array_like of int, shape (n_steps,)
-    architecture : ModelArchitecture
-    accelerator : Accelerator
-    tensor_parallel : int
+    deployment : Deployment
 
     Returns
     -------
@@ -54,7 +50,7 @@ def study_components_us(
     Raises
     ------
     InputError
-        If token counts are negative or of unequal length, or `tensor_parallel` does not divide the attention heads.
+        If token counts are negative or of unequal length.
 
     Notes
     -----
@@ -67,9 +63,9 @@ def study_components_us(
     The study of February 2026, ``hypotheses/h-stepml`` in the public repository ``inference-sim/inference-sim``.
     """
     prefill, decode = _token_counts(prefill_tokens, decode_tokens)
-    architecture.check_tensor_parallel(tensor_parallel)
-    us_per_flop = US_PER_S / accelerator.bf16_dense_flops
-    layers_per_rank = architecture.num_layers / tensor_parallel
+    architecture = deployment.architecture
+    us_per_flop = US_PER_S / deployment.accelerator.bf16_dense_flops
+    layers_per_rank = architecture.num_layers / deployment.tensor_parallel
     gemm_us_per_token = _study_gemm_flops_per_token(architecture) * layers_per_rank * us_per_flop
 
     attention_pairs = prefill * np.maximum(prefill / 2, 1.0)
@@ -144,9 +140,7 @@ def decompose(steps: pd.DataFrame, accelerator: Accelerator) -> pd.DataFrame:
         components[rows] = study_components_us(
             steps["prefill_tokens"].to_numpy()[rows],
             steps["decode_tokens"].to_numpy()[rows],
-            architecture,
-            accelerator,
-            tensor_parallel=tensor_parallel,
+            Deployment(architecture, accelerator, tensor_parallel),
         )
     return pd.DataFrame(components, index=steps.index, columns=[f"{name}_us" for name in STUDY_COMPONENTS])
 

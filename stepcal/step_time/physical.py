@@ -1,4 +1,4 @@
-"""Step time from bytes and FLOPs: what a batch reads from memory, computes and sends, with nine learned numbers on top.
+"""Step time from bytes and FLOPs: what a batch reads from memory, computes and sends, with nine learned parameters on top.
 
 ``step = max(GPU, host)``, where ``GPU = max(f_hbm weights, GEMM FLOPs) + f_hbm KV + t_block KV blocks x layers + prefill
 attention + layers (t_layer + t_mixture + t_mixed) + all-reduces (t_coll stages + f_net bytes) + t_request requests`` and
@@ -8,15 +8,15 @@ bandwidth are a floor, so the factors `f` are at least 1. Everything is per rank
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from stepcal.errors import InputError
-from stepcal.simulator import CompiledStepTime, ServerConfig, StepBatch
-from stepcal.specs.architecture import ModelArchitecture
-from stepcal.specs.hardware import Accelerator
+from stepcal.simulator import CompiledStepTime, StepBatch
+from stepcal.specs.deployment import Deployment
 from stepcal.specs.step_work import (
     COLLECTIVES_PER_LAYER,
     all_reduce_bytes,
@@ -25,7 +25,7 @@ from stepcal.specs.step_work import (
     pair_flops,
     weight_bytes,
 )
-from stepcal.step_time.physical_parameters import STEP_PARAMETERS
+from stepcal.step_time.physical_parameters import checked
 from stepcal.units import NS_PER_US, US_PER_S, BoolArray, FloatArray
 
 GEMM_MFU = 0.62
@@ -35,37 +35,37 @@ ATTENTION_MFU = 0.64
 """Share of the dense peak of prefill attention at 4,096 tokens: median of the H100 benchmarks (kernels/mha/prefill)."""
 HOST_REQUEST_US = 8.5
 """Time of vLLM 0.15.1's ``schedule()`` per running request on an idle CPU: 281 us at 35, 401 us at 50 (our timing)."""
-DEFAULT_BLOCK_SIZE = 16
-"""Tokens of a KV block, vLLM's default and that of all 16 servers."""
-AT = {p.name: i for i, p in enumerate(STEP_PARAMETERS)}
-"""Place of each learned number in `theta`."""
+FLOOR_US = 1.0
+"""No simulated step is shorter; with a floor, tables may hold negative differences."""
+Values = Mapping[str, float]
+"""Values of parameters by name."""
 
 
 @dataclass(frozen=True)
 class PhysicalModel:
-    """The learned numbers of `PhysicalFeatures`, for the fitters.
+    """The step time given its parameters by name; for fitters, and to be compiled (`compile_physical`).
 
-    The prediction is linear in them but for ``max(f_hbm weights, GEMM)``, ``max(GPU, host)`` and the all-reduce, which takes
-    one stage or two, whichever is faster.
+    The prediction is linear in the parameters but for ``max(f_hbm weights, GEMM)``, ``max(GPU, host)`` and the all-reduce,
+    which takes one stage or two, whichever is faster.
     """
 
-    def predict_us(self, theta: FloatArray, features: PhysicalFeatures) -> FloatArray:
+    def predict_us(self, values: Values, features: PhysicalFeatures) -> FloatArray:
         """Step times, shape (n_steps,), microseconds."""
-        return np.maximum(self.gpu_us(theta, features), self.host_us(theta, features))
+        return np.maximum(self.gpu_us(values, features), self.host_us(values, features))
 
-    def gpu_us(self, theta: FloatArray, features: PhysicalFeatures) -> FloatArray:
+    def gpu_us(self, values: Values, features: PhysicalFeatures) -> FloatArray:
         """Time of the GPU, shape (n_steps,)."""
-        return np.sum(list(self._gpu_parts_us(theta, features).values()), axis=0)
+        return np.sum(list(self._gpu_parts_us(values, features).values()), axis=0)
 
-    def host_us(self, theta: FloatArray, features: PhysicalFeatures) -> FloatArray:
+    def host_us(self, values: Values, features: PhysicalFeatures) -> FloatArray:
         """Time of the scheduler on the CPU, shape (n_steps,)."""
-        return features.schedule_us + features.scanned * theta[AT["offload_scan_us"]]
+        return features.schedule_us + features.scanned * values["offload_scan_us"]
 
-    def gradient_us(self, theta: FloatArray, features: PhysicalFeatures) -> FloatArray:
-        """Derivative of each step time by each parameter, shape (n_steps, n_parameters)."""
+    def gradient_us(self, values: Values, features: PhysicalFeatures) -> dict[str, FloatArray]:
+        """Derivative of each step time by each parameter, each of shape (n_steps,)."""
         f = features
-        is_memory_bound = f.weights_us * theta[AT["hbm_read_factor"]] > f.gemm_us
-        one, two = self._all_reduce_us(theta, f)
+        is_memory_bound = f.weights_us * values["hbm_read_factor"] > f.gemm_us
+        one, two = self._all_reduce_us(values, f)
         in_gpu = {
             "hbm_read_factor": f.kv_us + np.where(is_memory_bound, f.weights_us, 0.0),
             "kv_block_ns": f.kv_pieces / NS_PER_US,
@@ -76,37 +76,33 @@ class PhysicalModel:
             "request_us": f.requests,
             "mixed_layer_us": f.mixed_layers,
         }
-        gradient = np.zeros((len(f), len(AT)))
-        is_gpu_bound = self.gpu_us(theta, f) > self.host_us(theta, f)
-        for name, column in in_gpu.items():
-            gradient[:, AT[name]] = np.where(is_gpu_bound, column, 0.0)
-        gradient[:, AT["offload_scan_us"]] = np.where(is_gpu_bound, 0.0, f.scanned)
-        return gradient
+        is_gpu_bound = self.gpu_us(values, f) > self.host_us(values, f)
+        gradient = {name: np.where(is_gpu_bound, column, 0.0) for name, column in in_gpu.items()}
+        return gradient | {"offload_scan_us": np.where(is_gpu_bound, 0.0, f.scanned)}
 
-    def components_us(self, theta: FloatArray, features: PhysicalFeatures) -> dict[str, FloatArray]:
+    def components_us(self, values: Values, features: PhysicalFeatures) -> dict[str, FloatArray]:
         """Components by name, each of shape (n_steps,), that add up to the step: the GPU's, and how long it waits."""
-        gpu, host = self.gpu_us(theta, features), self.host_us(theta, features)
+        gpu, host = self.gpu_us(values, features), self.host_us(values, features)
         return {
-            **self._gpu_parts_us(theta, features),
+            **self._gpu_parts_us(values, features),
             "host_beyond_gpu": np.maximum(host - gpu, 0.0),
         }
 
-    def _gpu_parts_us(self, theta: FloatArray, features: PhysicalFeatures) -> dict[str, FloatArray]:
+    def _gpu_parts_us(self, values: Values, features: PhysicalFeatures) -> dict[str, FloatArray]:
         return {
-            "weights_gemm": np.maximum(features.weights_us * theta[AT["hbm_read_factor"]], features.gemm_us),
-            "kv": features.kv_us * theta[AT["hbm_read_factor"]]
-            + features.kv_pieces * theta[AT["kv_block_ns"]] / NS_PER_US,
+            "weights_gemm": np.maximum(features.weights_us * values["hbm_read_factor"], features.gemm_us),
+            "kv": features.kv_us * values["hbm_read_factor"] + features.kv_pieces * values["kv_block_ns"] / NS_PER_US,
             "prefill_attention": features.attention_us,
-            "layers": features.layers * theta[AT["layer_us"]],
-            "mixture": features.mixture_layers * theta[AT["mixture_layer_us"]],
-            "collectives": np.minimum(*self._all_reduce_us(theta, features)),
-            "requests": features.requests * theta[AT["request_us"]],
-            "mixed": features.mixed_layers * theta[AT["mixed_layer_us"]],
+            "layers": features.layers * values["layer_us"],
+            "mixture": features.mixture_layers * values["mixture_layer_us"],
+            "collectives": np.minimum(*self._all_reduce_us(values, features)),
+            "requests": features.requests * values["request_us"],
+            "mixed": features.mixed_layers * values["mixed_layer_us"],
         }
 
-    def _all_reduce_us(self, theta: FloatArray, features: PhysicalFeatures) -> tuple[FloatArray, FloatArray]:
+    def _all_reduce_us(self, values: Values, features: PhysicalFeatures) -> tuple[FloatArray, FloatArray]:
         """All all-reduces of a step in one stage and in two."""
-        stage, bytes_factor = theta[AT["collective_us"]], theta[AT["collective_bytes_factor"]]
+        stage, bytes_factor = values["collective_us"], values["collective_bytes_factor"]
         one = features.all_reduces * stage + features.one_stage_us * bytes_factor
         return one, 2.0 * features.all_reduces * stage + features.two_stage_us * bytes_factor
 
@@ -181,10 +177,8 @@ class PhysicalFeatures:
 
 
 def physical_features(
-    architecture: ModelArchitecture,
-    accelerator: Accelerator,
+    deployment: Deployment,
     *,
-    tensor_parallel: int,
     decode_requests: ArrayLike,
     kv_tokens: ArrayLike,
     prefill_tokens: ArrayLike = 0.0,
@@ -192,27 +186,20 @@ def physical_features(
     prefill_kv_tokens: ArrayLike = 0.0,
     prefill_pairs: ArrayLike = 0.0,
     rejected: ArrayLike = 0.0,
-    block_size: int = DEFAULT_BLOCK_SIZE,
-    offload_blocks: int = 0,
 ) -> PhysicalFeatures:
-    """Multipliers of the learned numbers for the steps of one server.
+    """Multipliers of the learned parameters for the steps of one deployment.
 
     Attention over the KV cache is linear in each request's context, so sums over the batch lose nothing; only prefill
     attention needs pairs of query and context. Means over several steps are accepted in place of counts.
 
     Parameters
     ----------
-    architecture : ModelArchitecture
-    accelerator : Accelerator
-    tensor_parallel : int
+    deployment : Deployment
+        Its server says how long a KV block is and how many the offload pool has, which `rejected` requests scan.
     decode_requests, kv_tokens : array_like of float, shape (n_steps,)
         Requests that decode, and their contexts summed.
     prefill_tokens, prefill_requests, prefill_kv_tokens, prefill_pairs, rejected : array_like of float, (n_steps,)
         As in `stepcal.simulator.StepBatch`.
-    block_size : int
-        Tokens of a KV block.
-    offload_blocks : int
-        Size of the server's offload pool, which `rejected` requests scan.
 
     Returns
     -------
@@ -221,7 +208,7 @@ def physical_features(
     Raises
     ------
     InputError
-        If a count is negative or not finite, or `tensor_parallel` does not divide the attention heads.
+        If a count is negative or not finite.
     """
     named = {
         "decode_requests": decode_requests,
@@ -238,7 +225,7 @@ def physical_features(
         if bad.size:
             raise InputError(f"`{name}[{bad[0]}]` is {values[bad[0]]}; a step holds zero or more, and finitely many.")
     decode, kv, prefill, n_prefill, prefill_kv, pairs, refused = arrays
-    tp = architecture.check_tensor_parallel(tensor_parallel)
+    architecture, accelerator, tp = deployment.architecture, deployment.accelerator, deployment.tensor_parallel
     tokens, requests = decode + prefill, decode + n_prefill
     memory = US_PER_S / accelerator.hbm_bandwidth
     compute = US_PER_S / (accelerator.bf16_dense_flops * GEMM_MFU)
@@ -246,13 +233,14 @@ def physical_features(
     kv_bytes = kv_bytes_per_token(architecture, tensor_parallel=tp)
     one_way = US_PER_S / (accelerator.interconnect_bandwidth / 2)
     has_work = tokens > 0
-    one_stage, two_stage = all_reduce_bytes(tokens, architecture, tensor_parallel=tp)
+    one_stage, two_stage = all_reduce_bytes(tokens, deployment)
+    kv_touched = kv + prefill_kv + tokens  # each token's own keys and values are written
     return PhysicalFeatures(
-        weights_us=weight_bytes(tokens, architecture, tensor_parallel=tp) * memory,
-        kv_us=(kv + prefill_kv + tokens) * kv_bytes * memory,  # each token's own keys and values are written
-        kv_pieces=(kv + prefill_kv + tokens) / block_size * architecture.num_layers,
-        gemm_us=gemm_flops(tokens, architecture, tensor_parallel=tp) * compute,
-        attention_us=pairs * pair_flops(architecture, tensor_parallel=tp) * attention,
+        weights_us=weight_bytes(tokens, deployment) * memory,
+        kv_us=kv_touched * kv_bytes * memory,
+        kv_pieces=kv_touched / deployment.block_size * architecture.num_layers,
+        gemm_us=gemm_flops(tokens, deployment) * compute,
+        attention_us=pairs * pair_flops(deployment) * attention,
         layers=architecture.num_layers * has_work,
         mixture_layers=architecture.num_moe_layers * has_work,
         mixed_layers=architecture.num_layers * np.minimum(n_prefill, 1.0),
@@ -261,29 +249,26 @@ def physical_features(
         two_stage_us=two_stage * one_way,
         requests=requests,
         schedule_us=requests * HOST_REQUEST_US,
-        scanned=refused * float(offload_blocks),
+        scanned=refused * float(deployment.offload_blocks),
     )
 
 
-def physical_clock(
-    theta: ArrayLike,
-    architecture: ModelArchitecture,
-    accelerator: Accelerator,
-    server: ServerConfig,
-    *,
-    tensor_parallel: int,
+def compile_physical(
+    values: Values, deployment: Deployment, *, model: PhysicalModel | None = None, by_batch: bool = False
 ) -> CompiledStepTime:
-    """Compile the physical model for one server.
+    """Compile the physical model for one deployment, by asking its formula what each kind of work costs alone.
 
     Parameters
     ----------
-    theta : array_like, shape (n_parameters,)
-        In the order of `STEP_PARAMETERS`.
-    architecture : ModelArchitecture
-    accelerator : Accelerator
-    server : ServerConfig
-        Its limits bound the tables.
-    tensor_parallel : int
+    values : mapping of str to float
+        The parameters by name; others than the model's are ignored.
+    deployment : Deployment
+        The limits of its server bound the tables.
+    model : PhysicalModel, optional
+        Another form of the step time than the shipped one.
+    by_batch : bool
+        Whether the form tells steps with prefill apart in more than time a layer, so that it needs a table over prefill
+        tokens and decoding requests together; its times may then fall with the batch, and are floored at `FLOOR_US`.
 
     Returns
     -------
@@ -292,51 +277,64 @@ def physical_clock(
     Raises
     ------
     InputError
-        If a number is negative or not finite, or `tensor_parallel` does not divide the attention heads.
+        If a parameter is missing, negative or not finite, or the deployment names no server.
     """
-    values = checked_theta(theta)
+    values, form, server = dict(values) | checked(values), model or PhysicalModel(), deployment.limits
+
+    def gpu_us(**counts: ArrayLike) -> FloatArray:
+        features = physical_features(deployment, **{"decode_requests": 0.0, "kv_tokens": 0.0, **counts})
+        return form.gpu_us(values, replace(features, requests=np.zeros(len(features))))
+
+    def host_us(**counts: float) -> float:
+        features = physical_features(deployment, **{"decode_requests": 0.0, "kv_tokens": 0.0, **counts})
+        return float(form.host_us(values, features)[0])
+
+    nothing = physical_features(deployment, decode_requests=0.0, kv_tokens=0.0)
     tokens = np.arange(server.max_num_batched_tokens + 1)
-    features = physical_features(
-        architecture,
-        accelerator,
-        tensor_parallel=tensor_parallel,
-        decode_requests=tokens,
-        kv_tokens=0.0,
-        block_size=server.block_size,
-    )
-    # A table by tokens takes everything but what counts requests; a token's own keys and values are in it.
-    table = PhysicalModel().gpu_us(values, replace(features, requests=np.zeros(tokens.size)))
-    kv_bytes = kv_bytes_per_token(architecture, tensor_parallel=tensor_parallel)
-    token_us = values[AT["hbm_read_factor"]] * kv_bytes * US_PER_S / accelerator.hbm_bandwidth
-    token_us += values[AT["kv_block_ns"]] / NS_PER_US * architecture.num_layers / server.block_size
-    pair_us = pair_flops(architecture, tensor_parallel=tensor_parallel) * US_PER_S
-    pair_us /= accelerator.bf16_dense_flops * ATTENTION_MFU
-    return CompiledStepTime(
-        tokens_us=table,
-        requests_us=float(values[AT["request_us"]]),
-        kv_us=token_us,
-        prefill_kv_us=token_us,
-        prefill_pair_us=pair_us,
-        prefill_tokens_us=np.full(tokens.size, values[AT["mixed_layer_us"]] * architecture.num_layers),
-        host_requests_us=HOST_REQUEST_US,
-        host_rejected_us=float(values[AT["offload_scan_us"]]) * server.offload_blocks,
+    kv_us = float(gpu_us(kv_tokens=1.0)[0])
+    compiled = CompiledStepTime(
+        # Everything that goes by tokens: a token's own keys and values are in it, and what counts requests is not.
+        tokens_us=gpu_us(decode_requests=tokens),
+        requests_us=float(form.gpu_us(values, replace(nothing, requests=np.ones(1)))[0]),
+        kv_us=kv_us,
+        prefill_kv_us=kv_us,
+        prefill_pair_us=float(gpu_us(prefill_pairs=1.0)[0]),
+        prefill_tokens_us=np.full(tokens.size, gpu_us(prefill_requests=1.0)[0]),
+        host_requests_us=host_us(decode_requests=1.0),
+        host_rejected_us=host_us(rejected=1.0),
         combine="max",
     )
+    return _with_batch_table(compiled, form, values, deployment) if by_batch else compiled
 
 
-def batch_features(
-    batch: StepBatch,
-    architecture: ModelArchitecture,
-    accelerator: Accelerator,
-    *,
-    tensor_parallel: int,
-    offload_blocks: int = 0,
-) -> PhysicalFeatures:
+def _with_batch_table(
+    compiled: CompiledStepTime, form: PhysicalModel, values: Values, deployment: Deployment
+) -> CompiledStepTime:
+    """Add what the form says of a step with prefill beyond the tables over tokens and requests.
+
+    Of such a step, decoding requests cost what the form says; those that are prefilled cost what they do without prefill.
+    """
+    server = deployment.limits
+    shape = (server.max_num_batched_tokens + 1, server.max_num_seqs + 1)
+    prefill, decode = (counts.ravel().astype(float) for counts in np.indices(shape))
+    features = physical_features(
+        deployment,
+        decode_requests=decode,
+        kv_tokens=0.0,
+        prefill_tokens=prefill,
+        prefill_requests=np.minimum(prefill, 1.0),
+    )
+    whole = form.gpu_us(values, replace(features, requests=decode))
+    alone = physical_features(deployment, decode_requests=prefill + decode, kv_tokens=0.0)
+    tables = form.gpu_us(values, replace(alone, requests=decode)) + np.asarray(compiled.prefill_tokens_us)[0]
+    extra = np.where(prefill > 0, whole - tables, 0.0)
+    return replace(compiled, batch_us=extra.reshape(shape), floor_us=FLOOR_US)
+
+
+def batch_features(batch: StepBatch, deployment: Deployment) -> PhysicalFeatures:
     """Features of one simulated step, whose requests are known one by one."""
     return physical_features(
-        architecture,
-        accelerator,
-        tensor_parallel=tensor_parallel,
+        deployment,
         decode_requests=batch.decode_tokens,
         kv_tokens=batch.decode_kv_tokens,
         prefill_tokens=batch.prefill_tokens,
@@ -344,25 +342,4 @@ def batch_features(
         prefill_kv_tokens=batch.prefill_kv_tokens,
         prefill_pairs=batch.prefill_pairs,
         rejected=batch.rejected,
-        offload_blocks=offload_blocks,
     )
-
-
-def checked_theta(theta: ArrayLike) -> FloatArray:
-    """Return the learned numbers as an array.
-
-    Raises
-    ------
-    InputError
-        If their number is wrong, or one is negative or not finite.
-    """
-    values = np.asarray(theta, dtype=float)
-    if values.shape != (len(STEP_PARAMETERS),):
-        names = ", ".join(p.name for p in STEP_PARAMETERS)
-        raise InputError(f"`theta` has shape {values.shape}; it needs one value for each of {names}.")
-    for p, value in zip(STEP_PARAMETERS, values, strict=True):
-        if not (np.isfinite(value) and value >= 0):
-            raise InputError(
-                f"`{p.name}` is {value}; it must be finite and at least 0 (its prior is {p.start:g} {p.unit})."
-            )
-    return values

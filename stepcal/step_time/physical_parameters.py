@@ -1,13 +1,24 @@
-"""The numbers that are learned on top of bytes and FLOPs, each with its unit, bounds, prior and where that comes from."""
+"""The parameters that are learned on top of bytes and FLOPs, each with its unit, bounds, prior and where that comes from.
+
+Models take and give parameters by name. Only an optimiser sees an array of them, in the order
+of a tuple of `LearnedParameter`.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from stepcal.errors import InputError
+from stepcal.units import FloatArray
 
 
 @dataclass(frozen=True)
-class PhysicalParameter:
-    """A learned number with its prior, which is log-normal around `start`.
+class LearnedParameter:
+    """A learned parameter with its prior, which is log-normal around `start`.
 
     Attributes
     ----------
@@ -32,7 +43,7 @@ class PhysicalParameter:
 
 
 STEP_PARAMETERS = (
-    PhysicalParameter(
+    LearnedParameter(
         "hbm_read_factor",
         "1",
         1.12,
@@ -41,7 +52,7 @@ STEP_PARAMETERS = (
         0.05,
         "bound: datasheet bandwidth; prior: long streaming kernels reach 0.86-0.94 of it (kernels/mha/decode, > 300 us)",
     ),
-    PhysicalParameter(
+    LearnedParameter(
         "kv_block_ns",
         "ns",
         2.0,
@@ -50,7 +61,7 @@ STEP_PARAMETERS = (
         1.0,
         "prior: 1-2 ns a KV block beyond its bytes (kernels/mha/decode, grouped queries, 128 requests), laid out in order",
     ),
-    PhysicalParameter(
+    LearnedParameter(
         "layer_us",
         "us",
         50.0,
@@ -59,7 +70,7 @@ STEP_PARAMETERS = (
         0.4,
         "prior: about ten kernels a layer at 2-3 us of fill and drain, one attention kernel at 20 us (benchmark floors)",
     ),
-    PhysicalParameter(
+    LearnedParameter(
         "mixture_layer_us",
         "us",
         30.0,
@@ -68,7 +79,7 @@ STEP_PARAMETERS = (
         0.7,
         "prior: router, top-k, alignment and the second grouped GEMM add about five kernels",
     ),
-    PhysicalParameter(
+    LearnedParameter(
         "collective_us",
         "us",
         6.0,
@@ -77,7 +88,7 @@ STEP_PARAMETERS = (
         0.5,
         "prior: a stage of a small all-reduce over NVLink, 4-10 us; one or two stages by the size of the message",
     ),
-    PhysicalParameter(
+    LearnedParameter(
         "collective_bytes_factor",
         "1",
         1.5,
@@ -86,7 +97,7 @@ STEP_PARAMETERS = (
         0.5,
         "bound: datasheet bandwidth, one direction; prior: 60-70% of it at best",
     ),
-    PhysicalParameter(
+    LearnedParameter(
         "request_us",
         "us",
         10.0,
@@ -95,7 +106,7 @@ STEP_PARAMETERS = (
         0.7,
         "prior: sampling, input preparation and output per request; schedule() alone takes 8.5 us on a CPU",
     ),
-    PhysicalParameter(
+    LearnedParameter(
         "mixed_layer_us",
         "us",
         8.0,
@@ -104,7 +115,7 @@ STEP_PARAMETERS = (
         0.6,
         "prior: steps with prefill replay piecewise CUDA graphs and launch attention by hand, a few launches a layer",
     ),
-    PhysicalParameter(
+    LearnedParameter(
         "offload_scan_us",
         "us",
         0.085,
@@ -114,9 +125,9 @@ STEP_PARAMETERS = (
         "prior: a block's share of a scan of the pool in vLLM 0.15.1's prepare_store(), timed on a CPU (our timing)",
     ),
 )
-"""The nine numbers of the step time, the same for every model."""
+"""The nine parameters of the step time, the same for every model."""
 API_PARAMETERS = (
-    PhysicalParameter(
+    LearnedParameter(
         "api_before_us",
         "us",
         6_000.0,
@@ -126,8 +137,57 @@ API_PARAMETERS = (
         "prior: TTFT exceeds 2.5 steps by 6-10 ms (HTTP, tokenisation, first stream event)",
     ),
 )
-"""Numbers around the engine. The way in and the way out cannot be told apart by TTFT and E2E, so one number holds both."""
+"""Parameters around the engine. TTFT and E2E cannot tell the way in from the way out, so one parameter holds both."""
 
 PARAMETERS = (*STEP_PARAMETERS, *API_PARAMETERS)
-"""All learned numbers, those of the step first."""
-N_STEP = len(STEP_PARAMETERS)
+"""All learned parameters, those of the step first."""
+
+
+def by_name(theta: ArrayLike, parameters: Sequence[LearnedParameter] = PARAMETERS) -> dict[str, float]:
+    """Name the values of an optimiser's array.
+
+    Raises
+    ------
+    ValueError
+        If there is not one value for each parameter.
+
+    Examples
+    --------
+    >>> by_name([0.085], STEP_PARAMETERS[-1:])
+    {'offload_scan_us': 0.085}
+    """
+    return {p.name: float(v) for p, v in zip(parameters, np.asarray(theta, dtype=float), strict=True)}
+
+
+def as_array(values: Mapping[str, float], parameters: Sequence[LearnedParameter] = PARAMETERS) -> FloatArray:
+    """Return values in the order of the parameters, as an optimiser takes them; shape (n_parameters,).
+
+    Raises
+    ------
+    KeyError
+        If one is missing.
+    """
+    return np.array([values[p.name] for p in parameters], dtype=float)
+
+
+def priors(parameters: Sequence[LearnedParameter] = PARAMETERS) -> dict[str, float]:
+    """Return each parameter's prior median, by name."""
+    return {p.name: p.start for p in parameters}
+
+
+def checked(values: Mapping[str, float], parameters: Sequence[LearnedParameter] = STEP_PARAMETERS) -> dict[str, float]:
+    """Return the values of some parameters, each there, finite and not negative.
+
+    Raises
+    ------
+    InputError
+        If one is missing, negative or not finite; it is named.
+    """
+    for p in parameters:
+        value = values.get(p.name, float("nan"))
+        if not (np.isfinite(value) and value >= 0):
+            state = f"is {value}" if p.name in values else "is missing"
+            raise InputError(
+                f"`{p.name}` {state}; it must be finite and at least 0 (its prior is {p.start:g} {p.unit})."
+            )
+    return {p.name: float(values[p.name]) for p in parameters}

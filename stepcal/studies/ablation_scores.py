@@ -7,7 +7,7 @@ chosen is chosen on the validation part (arrivals from 60% to 80%); the test par
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
@@ -18,8 +18,7 @@ from stepcal.datasets.splits import STUDY_FRACTIONS
 from stepcal.errors import InputError
 from stepcal.experiments.experiment import Experiment
 from stepcal.simulator import CompiledStepTime, simulate
-from stepcal.step_time.physical import AT, physical_clock, physical_features
-from stepcal.step_time.physical_parameters import N_STEP
+from stepcal.step_time.physical import compile_physical
 from stepcal.studies.model_forms import PHASES, SHIPPED, Form
 from stepcal.units import PERCENT, US_PER_S, BoolArray, FloatArray
 
@@ -27,8 +26,6 @@ TRAIN, VALID, TEST, WHOLE = "train", "valid", "test", "whole"
 MIN_GAIN_POINTS = 0.5
 """The rule, set before the fits: a variant with more numbers is preferred to the global one only if its validation error of
 mean E2E, averaged over the runs that are not overloaded, is smaller by more than so many percentage points."""
-FLOOR_US = 1.0
-"""No simulated step is shorter; with a floor, tables of a clock may hold negative differences."""
 
 
 @dataclass(frozen=True)
@@ -40,62 +37,34 @@ class Fitted:
     name, what : str
     n_numbers : int
         Numbers that data were fitted with, those of every model counted, those that only a prior holds not.
-    thetas : mapping of str to ndarray
-        By model; the numbers of its step time, then the API overhead.
+    values : mapping of str to mapping
+        By model, its parameters by name: those of the step time and the API overhead.
     form : Form
     """
 
     name: str
     what: str
     n_numbers: int
-    thetas: Mapping[str, FloatArray]
+    values: Mapping[str, Mapping[str, float]]
     form: Form = SHIPPED
 
-    def theta(self, model: str) -> FloatArray:
-        """Numbers of one model.
+    def values_of(self, model: str) -> Mapping[str, float]:
+        """Parameters of one model.
 
         Raises
         ------
         InputError
             If the variant was not fitted to it.
         """
-        if model not in self.thetas:
+        if model not in self.values:
             raise InputError(
-                f"`{self.name}` has no numbers for `{model}`; it was fitted to {', '.join(self.thetas)}. "
+                f"`{self.name}` has no numbers for `{model}`; it was fitted to {', '.join(self.values)}. "
                 "Use the global numbers."
             )
-        return self.thetas[model]
+        return self.values[model]
 
 
-def phase_clock(theta: FloatArray, experiment: Experiment) -> CompiledStepTime:
-    """Compile the numbers of `stepcal.studies.model_forms.PHASES` for one server.
-
-    Parameters
-    ----------
-    theta : ndarray, shape (n_parameters,)
-        In the order of the form's parameters.
-    experiment : Experiment
-
-    Returns
-    -------
-    CompiledStepTime
-        Of a step with prefill, its decoding requests cost `mixed_request_us`, those that are prefilled `request_us`.
-    """
-    about = (experiment.architecture, experiment.accelerator)
-    tp, server = experiment.tensor_parallel, experiment.server
-    clock = physical_clock(theta[:N_STEP], *about, server, tensor_parallel=tp)
-    tokens = np.arange(server.max_num_batched_tokens + server.max_num_seqs + 1)
-    f = physical_features(*about, tensor_parallel=tp, decode_requests=tokens, kv_tokens=0.0)
-    decode, mixed = (
-        np.maximum(f.weights_us * factor, f.gemm_us) for factor in (theta[AT["hbm_read_factor"]], theta[N_STEP])
-    )
-    prefill = np.arange(server.max_num_batched_tokens + 1)[:, None]
-    decoding = np.arange(server.max_num_seqs + 1)[None, :]
-    extra = (mixed - decode)[prefill + decoding] + (theta[N_STEP + 1] - theta[AT["request_us"]]) * decoding
-    return replace(clock, batch_us=np.where(prefill > 0, extra, 0.0), floor_us=FLOOR_US)
-
-
-def clock_of(variant: Fitted, experiment: Experiment) -> CompiledStepTime:
+def compile_variant(variant: Fitted, experiment: Experiment) -> CompiledStepTime:
     """Compile a variant for one server.
 
     Raises
@@ -103,16 +72,8 @@ def clock_of(variant: Fitted, experiment: Experiment) -> CompiledStepTime:
     InputError
         If it was not fitted to the server's model.
     """
-    theta = variant.theta(experiment.architecture.name)
-    if variant.form is PHASES:
-        return phase_clock(theta[: len(PHASES.parameters)], experiment)
-    return physical_clock(
-        theta[:N_STEP],
-        experiment.architecture,
-        experiment.accelerator,
-        experiment.server,
-        tensor_parallel=experiment.tensor_parallel,
-    )
+    values = variant.values_of(experiment.architecture.name)
+    return compile_physical(values, experiment.deployment, model=variant.form.model, by_batch=variant.form is PHASES)
 
 
 def errors_of(variant: Fitted, runs: Sequence[Run], level: RequestLevel) -> pd.DataFrame:
@@ -142,16 +103,16 @@ def errors_of(variant: Fitted, runs: Sequence[Run], level: RequestLevel) -> pd.D
     for run in runs:
         name = run.experiment.experiment_id
         own = level.subset((level.rows["experiment_id"] == name).to_numpy())
-        theta = variant.theta(run.experiment.architecture.name)
-        predicted = variant.form.predict_us(theta[: len(variant.form.parameters)], own.features)
+        values = variant.values_of(run.experiment.architecture.name)
+        predicted = variant.form.predict_us(values, own.features)
         interval = PERCENT * np.abs(predicted / own.rows["interval_us"].to_numpy(dtype=float) - 1.0)
         part = own.rows["split"].to_numpy()
         result = simulate(
             run.requests,
             run.experiment.server,
-            clock_of(variant, run.experiment),
+            compile_variant(variant, run.experiment),
             timeout_s=run.experiment.workload.timeout_s,
-            api_before_us=float(theta[-1]),
+            api_before_us=values["api_before_us"],
         )
         e2e = result.e2e_us() / US_PER_S
         about = {"fit": variant.name, "experiment_id": name, "overloaded": run.experiment.overloaded}

@@ -22,8 +22,8 @@ from stepcal.errors import InputError
 from stepcal.experiments.experiment import Experiment
 from stepcal.reconstruction.labelled_steps import labelled_steps, rebuilt_steps
 from stepcal.reconstruction.timeline import decode_intervals
-from stepcal.step_time.coefficients import frozen_theta
-from stepcal.step_time.physical_parameters import N_STEP, PARAMETERS
+from stepcal.step_time.coefficients import frozen_values
+from stepcal.step_time.physical_parameters import API_PARAMETERS, PARAMETERS, priors
 from stepcal.studies.ablation_scores import Fitted, choose, errors_of, summarise
 from stepcal.studies.controlled import sums_against_requests
 from stepcal.studies.model_forms import FORMS, PHASES, compare_forms, fit_form
@@ -72,7 +72,7 @@ def run_ablations(steps: pd.DataFrame, requests: pd.DataFrame, *, workers: int =
         STEP: fit_steps(labelled, step_features(labelled, experiments, every), experiments),
         REQUEST: at_request,
         WORKLOAD: calibrate(runs=runs, workers=workers),
-        WORKLOAD_AGAIN: calibrate(runs=runs, start=at_request.theta, workers=workers),
+        WORKLOAD_AGAIN: calibrate(runs=runs, start=at_request.values, workers=workers),
         JOINT: fit_joint(runs, rows, workers=workers),
         SUMMARIES: calibrate(runs=summary_runs(load_experiments()), workers=workers),
     }
@@ -84,7 +84,7 @@ def run_ablations(steps: pd.DataFrame, requests: pd.DataFrame, *, workers: int =
         _model_variant(BY_MODEL, own),
         _model_variant(BY_MODEL_REQUEST, own_request),
         _phase_variant(rows, models),
-        Fitted("shipped default", "frozen", len(PARAMETERS), dict.fromkeys(models, frozen_theta())),
+        Fitted("shipped default", "frozen", len(PARAMETERS), dict.fromkeys(models, frozen_values())),
     ]
     errors = pd.concat([errors_of(variant, runs, level) for variant in variants], ignore_index=True)
     scores = summarise(errors)
@@ -172,18 +172,17 @@ def is_informed_by_data(fitted: Calibration) -> BoolArray:
 
 
 def _global_variant(name: str, fitted: Calibration, models: Sequence[str]) -> Fitted:
-    return Fitted(name, f"global, {name}", int(is_informed_by_data(fitted).sum()), dict.fromkeys(models, fitted.theta))
+    return Fitted(name, f"global, {name}", int(is_informed_by_data(fitted).sum()), dict.fromkeys(models, fitted.values))
 
 
 def _model_variant(name: str, fits: Mapping[str, Calibration]) -> Fitted:
     n_numbers = int(sum(is_informed_by_data(fitted).sum() for fitted in fits.values()))
-    return Fitted(name, "each model alone", n_numbers, {model: fitted.theta for model, fitted in fits.items()})
+    return Fitted(name, "each model alone", n_numbers, {model: fitted.values for model, fitted in fits.items()})
 
 
 def _phase_variant(rows: RequestLevel, models: Sequence[str]) -> Fitted:
-    api = [p.start for p in PARAMETERS[N_STEP:]]
-    theta = np.concatenate([fit_form(PHASES, rows).theta, api])
-    return Fitted(BY_PHASE, PHASES.what, len(PHASES.parameters), dict.fromkeys(models, theta), PHASES)
+    values = priors(API_PARAMETERS) | fit_form(PHASES, rows).values
+    return Fitted(BY_PHASE, PHASES.what, len(PHASES.parameters), dict.fromkeys(models, values), PHASES)
 
 
 def posterior_log_sd(fitted: Calibration) -> FloatArray:
@@ -204,13 +203,13 @@ def numbers_table(fits: Mapping[str, Calibration]) -> pd.DataFrame:
     base_sd = posterior_log_sd(base)
     for fit, fitted in fits.items():
         sd, known = posterior_log_sd(fitted), is_informed_by_data(fitted)
-        sigmas = np.log(fitted.theta / base.theta) / np.hypot(sd, base_sd)
+        sigmas = (fitted.log_values - base.log_values) / np.hypot(sd, base_sd)
         rows += [
             {
                 "fit": fit,
                 "name": p.name,
                 "unit": p.unit,
-                "value": float(fitted.theta[j]),
+                "value": fitted.values[p.name],
                 "log_sd": float(sd[j]),
                 "told": bool(known[j]),
                 "sigmas": float(sigmas[j]),

@@ -27,7 +27,6 @@ from stepcal.reconstruction.labels import stage_starts_ns
 from stepcal.reconstruction.timeline import build_timeline, decode_intervals, request_lives
 from stepcal.step_time.decomposition import study_components_us
 from stepcal.step_time.physical import PhysicalFeatures, PhysicalModel
-from stepcal.step_time.physical_parameters import N_STEP
 from stepcal.studies.published_runs import load_experiments
 from stepcal.units import BoolArray, FloatArray
 
@@ -149,9 +148,7 @@ def _labelled(table: pd.DataFrame, features: PhysicalFeatures, experiments: Sequ
         components[positions] = study_components_us(
             table["prefill_tokens"].to_numpy(dtype=float)[positions],
             table["decode_tokens"].to_numpy(dtype=float)[positions],
-            e.architecture,
-            e.accelerator,
-            tensor_parallel=e.tensor_parallel,
+            e.deployment,
         )
     rows = table.assign(
         experiment_id=names,
@@ -261,8 +258,7 @@ def predict_all(data: LabelledRows, actual_us: FloatArray, chosen: BoolArray) ->
     level = RequestLevel(
         data.rows[chosen].assign(interval_us=actual_us[chosen]).reset_index(drop=True), data.features.rows(chosen)
     )
-    theta = calibrate(level=level).theta[:N_STEP]
-    predicted[PHYSICAL] = PhysicalModel().predict_us(theta, data.features)
+    predicted[PHYSICAL] = PhysicalModel().predict_us(calibrate(level=level).values, data.features)
     return {variant: np.maximum(values, SMALLEST_STEP_US) for variant, values in predicted.items()}
 
 

@@ -7,7 +7,7 @@ form. Everything here is simulated and enters no verdict.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -19,16 +19,26 @@ from threadpoolctl import threadpool_limits
 from stepcal.experiments.experiment import Experiment
 from stepcal.metrics import CONFIDENCE, mape_percent
 from stepcal.simulator import SimulationResult, simulate
-from stepcal.step_time.physical import AT, PhysicalFeatures, PhysicalModel, physical_clock, physical_features
-from stepcal.step_time.physical_parameters import STEP_PARAMETERS
+from stepcal.step_time.physical import PhysicalFeatures, PhysicalModel, compile_physical, physical_features
+from stepcal.step_time.physical_parameters import STEP_PARAMETERS, as_array, by_name, priors
 from stepcal.studies.published_runs import load_experiments
 from stepcal.units import NS_PER_US, PERCENT, FloatArray
 
 Generator = np.random.Generator
-LEARNED = STEP_PARAMETERS[: AT["offload_scan_us"]]
+LEARNED = tuple(p for p in STEP_PARAMETERS if p.name != "offload_scan_us")
 """All but the scan of an offload pool, which the simulated servers do not have."""
-TRUTH = (1.06, 3.0, 54.0, 28.0, 3.5, 1.7, 7.0, 8.0, 0.085)
-"""In the order of `STEP_PARAMETERS`: rounded from a fit to the request labels of the 16 runs."""
+TRUTH = {
+    "hbm_read_factor": 1.06,
+    "kv_block_ns": 3.0,
+    "layer_us": 54.0,
+    "mixture_layer_us": 28.0,
+    "collective_us": 3.5,
+    "collective_bytes_factor": 1.7,
+    "request_us": 7.0,
+    "mixed_layer_us": 8.0,
+    "offload_scan_us": 0.085,
+}
+"""Rounded from a fit to the request labels of the 16 runs."""
 API_BEFORE_US = 6_000.0
 """Time outside the engine, the same in truth and prediction."""
 SERVERS = (
@@ -91,10 +101,10 @@ class KnownSteps:
 
 @dataclass(frozen=True)
 class Recovered:
-    """A fit's numbers and their standard errors."""
+    """A fit's parameters and their standard errors, by name."""
 
-    theta: FloatArray
-    standard_error: FloatArray
+    values: dict[str, float]
+    standard_errors: dict[str, float]
 
 
 @threadpool_limits.wrap(limits=1)  # type: ignore[untyped-decorator]
@@ -135,15 +145,23 @@ def run_controlled(
         for fault in FAULTS:
             fitted = recover(known, fault, np.random.default_rng((seed, list(FAULTS).index(fault))))
             fits += [
-                {"fault": fault, "seed": seed, "name": p.name, "unit": p.unit, "truth": t, "estimate": v, "se": s}
-                for p, t, v, s in zip(LEARNED, TRUTH, fitted.theta, fitted.standard_error, strict=False)
+                {
+                    "fault": fault,
+                    "seed": seed,
+                    "name": p.name,
+                    "unit": p.unit,
+                    "truth": TRUTH[p.name],
+                    "estimate": fitted.values[p.name],
+                    "se": fitted.standard_errors[p.name],
+                }
+                for p in LEARNED
             ]
             judged += [
                 {
                     "fault": fault,
                     "seed": seed,
                     "experiment_id": u.experiment.experiment_id,
-                    **judge(u, fitted.theta, seed),
+                    **judge(u, fitted.values, seed),
                 }
                 for u in unseen
             ]
@@ -153,7 +171,7 @@ def run_controlled(
 
 def known_steps(experiment: Experiment, seed: int) -> KnownSteps:
     """Simulate a server under Poisson arrivals on the true clock and keep every step that has work."""
-    result = _run(experiment, np.array(TRUTH), seed, record=True)
+    result = _run(experiment, TRUTH, seed, record=True)
     table = result.step_table().to_pandas()
     table["prefill_pairs"] = 0.0
     prefills = table[table["prefill_tokens"] > 0]
@@ -164,7 +182,7 @@ def known_steps(experiment: Experiment, seed: int) -> KnownSteps:
     has_work = (table["prefill_tokens"] + table["decode_tokens"]) > 0
     table = table[has_work].reset_index(drop=True)
     features = table_features(table, experiment)
-    return KnownSteps(experiment, table, features, PhysicalModel().predict_us(np.array(TRUTH), features))
+    return KnownSteps(experiment, table, features, PhysicalModel().predict_us(TRUTH, features))
 
 
 def recover(known: Sequence[KnownSteps], fault: str, rng: Generator) -> Recovered:
@@ -184,29 +202,33 @@ def fit_steps(features: PhysicalFeatures, label_us: FloatArray) -> Recovered:
     maximum of reading weights and computing. The host's term is left out.
     """
     model, free = PhysicalModel(), replace(features, schedule_us=np.zeros(len(features)))
-    theta, scale = np.array([p.start for p in STEP_PARAMETERS]), label_us
-    for _ in range(ITERATIONS):
-        design = model.gradient_us(theta, free) / scale[:, None]
-        target = (label_us - model.predict_us(theta, free)) / scale + design @ theta
+    values, scale = priors(STEP_PARAMETERS), label_us
+
+    def design_of(values: Mapping[str, float]) -> tuple[FloatArray, FloatArray, FloatArray]:
+        """Gradient and residual relative to the scale, and the norm of each column, 1 for an empty one."""
+        gradient = model.gradient_us(values, free)
+        design = np.column_stack([gradient[p.name] for p in STEP_PARAMETERS]) / scale[:, None]
         size = np.linalg.norm(design, axis=0)
-        size[size == 0] = 1.0
-        theta = nnls(design / size, target)[0] / size
-        scale = np.maximum(model.predict_us(theta, free), 1.0)
-    design = model.gradient_us(theta, free) / scale[:, None]
-    residual = (label_us - model.predict_us(theta, free)) / scale
-    size = np.linalg.norm(design, axis=0)
-    size[size == 0] = 1.0
-    variance = residual @ residual / (residual.size - theta.size)
+        return design, (label_us - model.predict_us(values, free)) / scale, np.where(size == 0, 1.0, size)
+
+    for _ in range(ITERATIONS):
+        design, residual, size = design_of(values)
+        target = residual + design @ as_array(values, STEP_PARAMETERS)
+        values = by_name(nnls(design / size, target)[0] / size, STEP_PARAMETERS)
+        scale = np.maximum(model.predict_us(values, free), 1.0)
+    design, residual, size = design_of(values)
+    variance = residual @ residual / (residual.size - size.size)
     covariance = variance * np.linalg.pinv((design / size).T @ (design / size))
-    return Recovered(theta, np.sqrt(np.maximum(np.diag(covariance), 0.0)) / size)
+    errors = np.sqrt(np.maximum(np.diag(covariance), 0.0)) / size
+    return Recovered(values, by_name(errors, STEP_PARAMETERS))
 
 
-def judge(unseen: KnownSteps, theta: FloatArray, seed: int) -> dict[str, float]:
+def judge(unseen: KnownSteps, values: Mapping[str, float], seed: int) -> dict[str, float]:
     """Return the step MAPE against the true step time and the error of the mean E2E, closed loop, on new arrivals."""
-    truth = np.nanmean(_run(unseen.experiment, np.array(TRUTH), seed + JUDGED_OFFSET).e2e_us())
-    predicted = np.nanmean(_run(unseen.experiment, theta, seed + JUDGED_OFFSET).e2e_us())
+    truth = np.nanmean(_run(unseen.experiment, TRUTH, seed + JUDGED_OFFSET).e2e_us())
+    predicted = np.nanmean(_run(unseen.experiment, values, seed + JUDGED_OFFSET).e2e_us())
     return {
-        "step_mape_percent": mape_percent(PhysicalModel().predict_us(theta, unseen.features), unseen.true_us),
+        "step_mape_percent": mape_percent(PhysicalModel().predict_us(values, unseen.features), unseen.true_us),
         "e2e_error_percent": float(PERCENT * (predicted / truth - 1.0)),
     }
 
@@ -272,27 +294,16 @@ def table_features(table: pd.DataFrame, experiment: Experiment) -> PhysicalFeatu
     }
     counts = {name: table[column].to_numpy(dtype=float) for name, column in columns.items()}
     return physical_features(
-        experiment.architecture,
-        experiment.accelerator,
-        tensor_parallel=experiment.tensor_parallel,
-        block_size=experiment.server.block_size,
-        offload_blocks=experiment.server.offload_blocks,
+        experiment.deployment,
         **counts,
     )
 
 
-def _run(experiment: Experiment, theta: FloatArray, seed: int, *, record: bool = False) -> SimulationResult:
-    clock = physical_clock(
-        theta,
-        experiment.architecture,
-        experiment.accelerator,
-        experiment.server,
-        tensor_parallel=experiment.tensor_parallel,
-    )
+def _run(experiment: Experiment, values: Mapping[str, float], seed: int, *, record: bool = False) -> SimulationResult:
     return simulate(
         experiment.arrivals("poisson", seed=seed),
         experiment.server,
-        clock,
+        compile_physical(values, experiment.deployment),
         timeout_s=experiment.workload.timeout_s,
         api_before_us=API_BEFORE_US,
         record_steps=1.0 if record else None,
@@ -301,8 +312,7 @@ def _run(experiment: Experiment, theta: FloatArray, seed: int, *, record: bool =
 
 def _shortened(experiment: Experiment) -> Experiment:
     stages = tuple(replace(s, duration_s=s.duration_s / SHORTENED) for s in experiment.workload.stages)
-    server = replace(experiment.server, offload_blocks=0)
-    return replace(experiment, server=server, workload=replace(experiment.workload, stages=stages))
+    return replace(experiment.with_server(offload_blocks=0), workload=replace(experiment.workload, stages=stages))
 
 
 def _parameters(fits: pd.DataFrame) -> pd.DataFrame:
@@ -361,7 +371,7 @@ def sums_against_requests(experiments: Sequence[Experiment], *, seed: int = 0) -
         time of a mixed step), `total_percent` (signed, of all steps' time), `rounding_percent` (mean share of a step's time
         that half a block a request is).
     """
-    theta, rows = np.array(TRUTH), []
+    values, rows = TRUTH, []
     for experiment in experiments:
         load = experiment.workload
         for prompts, groups, each in (
@@ -370,16 +380,15 @@ def sums_against_requests(experiments: Sequence[Experiment], *, seed: int = 0) -
         ):
             stages = tuple(replace(s, duration_s=s.duration_s / STAGE_SHARE) for s in load.stages)
             workload = replace(load, stages=stages, n_groups=groups, n_prompts_per_group=each)
-            server = replace(experiment.server, offload_blocks=0)
-            known = known_steps(replace(experiment, workload=workload, server=server), seed)
+            known = known_steps(replace(experiment.with_server(offload_blocks=0), workload=workload), seed)
             prefill = known.table["prefill_tokens"].to_numpy(dtype=float)
             pairs = prefill * (prefill + 1.0) / 2.0
             without = table_features(known.table.assign(prefill_pairs=pairs), known.experiment)
-            guessed = PhysicalModel().predict_us(theta, without)
+            guessed = PhysicalModel().predict_us(values, without)
             change = PERCENT * (guessed / known.true_us - 1.0)
             mixed = prefill > 0
             half_blocks = known.features.requests * experiment.architecture.num_layers / 2.0
-            rounding = half_blocks * theta[AT["kv_block_ns"]] / NS_PER_US / known.true_us
+            rounding = half_blocks * values["kv_block_ns"] / NS_PER_US / known.true_us
             rows.append(
                 {
                     "experiment_id": experiment.experiment_id,

@@ -16,13 +16,13 @@ import pandas as pd
 
 from stepcal.calibration.variants import FittedVariant, fit_variant
 from stepcal.datasets.splits import Split, temporal_split
-from stepcal.evaluation.latency_errors import compare, judged_error_percent, mean_errors, pace_clock, training_mean
+from stepcal.evaluation.latency_errors import compare, judged_error_percent, mean_errors, pace_step_time, training_mean
 from stepcal.experiments.experiment import Experiment, run_experiment
 from stepcal.experiments.latencies import LATENCIES, TEST, WHOLE, measured_latencies, predicted_latencies
 from stepcal.simulator import CompiledStepTime, SimulationResult
 from stepcal.specs.hardware import Accelerator, load_accelerator
 from stepcal.step_time.baselines import BATCH_FEATURES, GradientBoosting
-from stepcal.step_time.compile import Clock, baseline_clock, correction_clock
+from stepcal.step_time.compile import AnyStepTime, compile_baseline, compile_corrections
 from stepcal.step_time.corrections import Model36
 from stepcal.studies.evidence import NO_FEATURES
 from stepcal.studies.published_runs import load_experiments
@@ -65,9 +65,9 @@ def run_end_to_end(
         about: dict[str, Any] = {"experiment_id": experiment.experiment_id}
         yardstick = compare(training_mean(experiment), known)
         comparisons.append(yardstick.assign(**about, variant=TRAINING_MEAN, arrivals="replayed"))
-        for variant, clock in _clocks(experiment, fitted, boosted, accelerator):
+        for variant, step_time in _step_times(experiment, fitted, boosted, accelerator):
             for process in PROCESSES:
-                result = run_experiment(experiment, clock, process=process, seed=seed)
+                result = run_experiment(experiment, step_time, process=process, seed=seed)
                 table = compare(predicted_latencies(result, experiment.workload.output_len), known)
                 comparisons.append(table.assign(**about, variant=variant, arrivals=process))
                 failed = len(result.requests) - int(result.is_finished.sum())
@@ -130,29 +130,29 @@ def _fit_boosted(split: Split) -> dict[str, GradientBoosting]:
     }
 
 
-def _clocks(
+def _step_times(
     experiment: Experiment,
     fitted: dict[str, FittedVariant],
     boosted: dict[str, GradientBoosting],
     accelerator: Accelerator,
-) -> Iterator[tuple[str, Clock]]:
-    """Yield each model that says anything about an experiment, as a clock."""
-    server, architecture = experiment.server, experiment.architecture
-    degree = experiment.tensor_parallel
-    yield PACE, pace_clock(experiment)
+) -> Iterator[tuple[str, AnyStepTime]]:
+    """Yield each model that says anything about an experiment, compiled for it."""
+    deployment = replace(experiment.deployment, accelerator=accelerator)
+    yield PACE, pace_step_time(experiment)
     for name in POOLED_VARIANTS:
         found = fitted[name].fit
-        if found is None or (isinstance(found.model, Model36) and architecture.name not in found.model.families):
+        if found is None or (
+            isinstance(found.model, Model36) and experiment.architecture.name not in found.model.families
+        ):
             continue
-        clock = correction_clock(found.model, found.theta, architecture, accelerator, server, tensor_parallel=degree)
-        yield name, clock
+        yield name, compile_corrections(found.model, found.theta, deployment)
     baselines = {n: fitted[n].baselines.get(experiment.experiment_id) for n in ("raw", *STEP_BASELINES)}
     if baselines["raw"] is None:
         baselines["raw"] = next(iter(fitted["raw"].baselines.values()))
     baselines[BOOSTED] = boosted.get(experiment.experiment_id)
     for name, baseline in baselines.items():
         if baseline is not None:
-            yield name, baseline_clock(baseline, architecture, accelerator, server, tensor_parallel=degree)
+            yield name, compile_baseline(baseline, deployment)
 
 
 def run_with_pace(experiment: Experiment, *, kv_blocks: int | None = None, seed: int = 0) -> SimulationResult:
@@ -167,5 +167,6 @@ def run_with_pace(experiment: Experiment, *, kv_blocks: int | None = None, seed:
     """
     known = measured_latencies(experiment).set_index(["split", "metric", "statistic"])["value"]
     pace = CompiledStepTime(constant_us=float(known[WHOLE, "tpot", "mean"]) * US_PER_S / MS_PER_S)
-    server = experiment.server if kv_blocks is None else replace(experiment.server, kv_blocks=kv_blocks)
-    return run_experiment(replace(experiment, server=server), pace, process="poisson", seed=seed, record_steps=1.0)
+    if kv_blocks is not None:
+        experiment = experiment.with_server(kv_blocks=kv_blocks)
+    return run_experiment(experiment, pace, process="poisson", seed=seed, record_steps=1.0)

@@ -29,9 +29,9 @@ from stepcal.reconstruction.labelled_steps import labelled_steps
 from stepcal.reconstruction.labels import stage_starts_ns
 from stepcal.reconstruction.timeline import build_timeline, request_lives
 from stepcal.specs.kv_offloading import STUDY_OFFLOAD_GIB
-from stepcal.step_time.coefficients import DEFAULT, Coefficients, frozen_theta, load_coefficients
+from stepcal.step_time.coefficients import DEFAULT, Coefficients, frozen_values, load_coefficients
 from stepcal.step_time.physical import PhysicalModel
-from stepcal.step_time.physical_parameters import N_STEP, STEP_PARAMETERS
+from stepcal.step_time.physical_parameters import STEP_PARAMETERS
 from stepcal.studies.published_runs import load_experiments
 from stepcal.units import PERCENT, FloatArray
 
@@ -102,13 +102,15 @@ def run_physical_evidence(
         offsets[str(name)] = estimate_offset_us(own, build_timeline(lives))
     starts = stage_starts_ns(requests, load_stages(), offsets)
     labelled = labelled_steps(steps, requests, runs_table, stage_starts_ns=starts)
-    components, theta = component_correlations(labelled, experiments)
-    fitted = [{"name": p.name, "unit": p.unit, "value": float(v)} for p, v in zip(STEP_PARAMETERS, theta, strict=True)]
-    intervals = closed_loop_intervals(prepare_runs(experiments), frozen_theta())
+    components, values = component_correlations(labelled, experiments)
+    fitted = [{"name": p.name, "unit": p.unit, "value": values[p.name]} for p in STEP_PARAMETERS]
+    intervals = closed_loop_intervals(prepare_runs(experiments), frozen_values())
     return {"components": components, "component_fit": pd.DataFrame(fitted), "intervals": intervals}, {}
 
 
-def component_correlations(labelled: pd.DataFrame, experiments: list[Experiment]) -> tuple[pd.DataFrame, FloatArray]:
+def component_correlations(
+    labelled: pd.DataFrame, experiments: list[Experiment]
+) -> tuple[pd.DataFrame, dict[str, float]]:
     """Fit the physical model to the training steps and correlate its components with the test steps of their pure phase.
 
     Parameters
@@ -122,17 +124,17 @@ def component_correlations(labelled: pd.DataFrame, experiments: list[Experiment]
     correlations : DataFrame
         `quantity` (``r_pooled``: with the step time; ``r_part``: with the step time less all other components),
         `component`, `phase`, `scope` (``pooled`` or an experiment), `r`, `n_steps`, `reason` where r is NaN.
-    theta : ndarray
-        Numbers of the step time as fitted to the training steps.
+    values : dict
+        Parameters by name as fitted to the training steps.
     """
     features = step_features(labelled, experiments)
     train = (labelled["split"] == "train").to_numpy()
     rows = labelled.loc[train, ["experiment_id", "interval_us"]].reset_index(drop=True)
     overloaded = {e.experiment_id: e.overloaded for e in experiments}
     level = RequestLevel(rows.assign(overloaded=rows["experiment_id"].map(overloaded)), features.rows(train))
-    theta = calibrate(level=level).theta[:N_STEP]
-    parts = PhysicalModel().components_us(theta, features)
-    return correlate_parts(labelled, parts), theta
+    values = calibrate(level=level).values
+    parts = PhysicalModel().components_us(values, features)
+    return correlate_parts(labelled, parts), values
 
 
 def correlate_parts(labelled: pd.DataFrame, parts: Mapping[str, FloatArray]) -> pd.DataFrame:
@@ -179,14 +181,14 @@ def h1b_evidence(components: pd.DataFrame) -> pd.DataFrame:
     return _evidence(rows)
 
 
-def closed_loop_intervals(runs: list[Run], theta: FloatArray) -> pd.DataFrame:
+def closed_loop_intervals(runs: list[Run], values: Mapping[str, float]) -> pd.DataFrame:
     """Compare the decode interval of each test request, simulated from arrivals alone, with the measured one.
 
     Parameters
     ----------
     runs : list of Run
-    theta : ndarray
-        Learned numbers, API overheads included.
+    values : mapping of str to float
+        Parameters by name, API overheads included.
 
     Returns
     -------
@@ -199,7 +201,7 @@ def closed_loop_intervals(runs: list[Run], theta: FloatArray) -> pd.DataFrame:
         table = run.experiment.requests
         if table is None:  # `prepare_runs` refuses such a run
             continue
-        e2e, ttft = run_latencies_s(run, theta)
+        e2e, ttft = run_latencies_s(run, values)
         known = (table["e2e_s"] - table["ttft_s"]).to_numpy(dtype=float)
         n = len(table)
         first = int(np.rint(STUDY_FRACTIONS[0] * n)) + int(np.rint(STUDY_FRACTIONS[1] * n))
@@ -296,7 +298,7 @@ def h3_evidence(folder: Path | None, calibration_ids: set[str], *, accelerator: 
         error, reason = _transfer_error(coefficients, experiment, known)
         arrivals = POISSON if experiment.requests is None else REPLAYED
         notes[experiment.experiment_id] = "; ".join((arrivals, *(note.rstrip(".") for note in experiment.notes)))
-        variant = BOARDS.get(experiment.accelerator.name, OTHER_GPU)
+        variant = BOARDS.get(experiment.deployment.accelerator.name, OTHER_GPU)
         rows.append(_row("e2e_error_percent", variant, experiment.experiment_id, error["judged"], reason))
         rows.append(_row("mspe_percent", variant, experiment.experiment_id, error["signed"], reason))
     for run in refused:

@@ -2,8 +2,8 @@
 
 A form is a subclass of `PhysicalModel` or the model on changed features. All are fitted as the request level is
 (`stepcal.calibration.closed_loop`), ``sum(soft(log(predicted / measured) / sigma)^2 / rows of the run) + sum((log
-theta - log prior)^2 /
-tau^2)`` on training rows, and compared on those and on validation rows. The test part is not looked at.
+value - log prior)^2 / tau^2)`` on training rows, and compared on those and on validation rows.
+The test part is not looked at.
 """
 
 from __future__ import annotations
@@ -18,11 +18,10 @@ from scipy.optimize import least_squares
 from stepcal.calibration.closed_loop import interval_scales, soft
 from stepcal.calibration.training_rows import RequestLevel, training_rows
 from stepcal.errors import InputError
-from stepcal.step_time.physical import AT, PhysicalFeatures, PhysicalModel
-from stepcal.step_time.physical_parameters import STEP_PARAMETERS, PhysicalParameter
+from stepcal.step_time.physical import PhysicalFeatures, PhysicalModel, Values
+from stepcal.step_time.physical_parameters import STEP_PARAMETERS, LearnedParameter, by_name
 from stepcal.units import NS_PER_US, PERCENT, FloatArray
 
-N_STEP = len(STEP_PARAMETERS)
 SUPPORT_OBJECTIVE = 4.0
 """Smallest difference of objectives (``-2 log`` of a posterior density) that counts: two standard deviations of a number."""
 SUPPORTED, CONTRADICTED, OPEN = "supported", "contradicted", "cannot tell"
@@ -31,41 +30,41 @@ SUPPORTED, CONTRADICTED, OPEN = "supported", "contradicted", "cannot tell"
 class SumOfWeightsAndGemm(PhysicalModel):
     """Reading weights and computing take turns."""
 
-    def _gpu_parts_us(self, theta: FloatArray, features: PhysicalFeatures) -> dict[str, FloatArray]:
-        parts = super()._gpu_parts_us(theta, features)
-        return parts | {"weights_gemm": features.weights_us * theta[AT["hbm_read_factor"]] + features.gemm_us}
+    def _gpu_parts_us(self, values: Values, features: PhysicalFeatures) -> dict[str, FloatArray]:
+        parts = super()._gpu_parts_us(values, features)
+        return parts | {"weights_gemm": features.weights_us * values["hbm_read_factor"] + features.gemm_us}
 
 
 class SumOfGpuAndHost(PhysicalModel):
     """GPU and scheduler take turns."""
 
-    def predict_us(self, theta: FloatArray, features: PhysicalFeatures) -> FloatArray:
+    def predict_us(self, values: Values, features: PhysicalFeatures) -> FloatArray:
         """Step times, shape (n_steps,), microseconds."""
-        return self.gpu_us(theta, features) + self.host_us(theta, features)
+        return self.gpu_us(values, features) + self.host_us(values, features)
 
 
 class TwoStagesAlways(PhysicalModel):
     """Every all-reduce is a reduce-scatter and an all-gather, however small the message."""
 
-    def _all_reduce_us(self, theta: FloatArray, features: PhysicalFeatures) -> tuple[FloatArray, FloatArray]:
-        _, two = super()._all_reduce_us(theta, features)
+    def _all_reduce_us(self, values: Values, features: PhysicalFeatures) -> tuple[FloatArray, FloatArray]:
+        _, two = super()._all_reduce_us(values, features)
         return two, two
 
 
 class OneStageAlways(PhysicalModel):
     """Every all-reduce sends everything to every rank at once."""
 
-    def _all_reduce_us(self, theta: FloatArray, features: PhysicalFeatures) -> tuple[FloatArray, FloatArray]:
-        one, _ = super()._all_reduce_us(theta, features)
+    def _all_reduce_us(self, values: Values, features: PhysicalFeatures) -> tuple[FloatArray, FloatArray]:
+        one, _ = super()._all_reduce_us(values, features)
         return one, one
 
 
 class TwoBandwidths(PhysicalModel):
-    """KV is read at a factor of its own, the tenth number."""
+    """KV is read at a factor of its own, the tenth parameter."""
 
-    def _gpu_parts_us(self, theta: FloatArray, features: PhysicalFeatures) -> dict[str, FloatArray]:
-        pieces = features.kv_pieces * theta[AT["kv_block_ns"]] / NS_PER_US
-        return super()._gpu_parts_us(theta, features) | {"kv": features.kv_us * theta[N_STEP] + pieces}
+    def _gpu_parts_us(self, values: Values, features: PhysicalFeatures) -> dict[str, FloatArray]:
+        pieces = features.kv_pieces * values["kv_block_ns"] / NS_PER_US
+        return super()._gpu_parts_us(values, features) | {"kv": features.kv_us * values["kv_read_factor"] + pieces}
 
 
 class PhaseModel(PhysicalModel):
@@ -75,22 +74,23 @@ class PhaseModel(PhysicalModel):
     with prefill counts.
     """
 
-    def _gpu_parts_us(self, theta: FloatArray, features: PhysicalFeatures) -> dict[str, FloatArray]:
+    def _gpu_parts_us(self, values: Values, features: PhysicalFeatures) -> dict[str, FloatArray]:
         share = np.divide(
             features.mixed_layers, features.layers, out=np.zeros(len(features)), where=features.layers > 0
         )
         decode, mixed = (
-            np.maximum(features.weights_us * f, features.gemm_us) for f in (theta[AT["hbm_read_factor"]], theta[N_STEP])
+            np.maximum(features.weights_us * values[name], features.gemm_us)
+            for name in ("hbm_read_factor", "mixed_hbm_read_factor")
         )
-        request = (1.0 - share) * theta[AT["request_us"]] + share * theta[N_STEP + 1]
-        return super()._gpu_parts_us(theta, features) | {
+        request = (1.0 - share) * values["request_us"] + share * values["mixed_request_us"]
+        return super()._gpu_parts_us(values, features) | {
             "weights_gemm": (1.0 - share) * decode + share * mixed,
             "requests": features.requests * request,
         }
 
 
-def _like(name: str, new_name: str) -> PhysicalParameter:
-    return replace(STEP_PARAMETERS[AT[name]], name=new_name)
+def _like(name: str, new_name: str) -> LearnedParameter:
+    return replace(next(p for p in STEP_PARAMETERS if p.name == name), name=new_name)
 
 
 PHASE_PARAMETERS = (_like("hbm_read_factor", "mixed_hbm_read_factor"), _like("request_us", "mixed_request_us"))
@@ -112,8 +112,8 @@ class Form:
     model : PhysicalModel
     features : callable
         What it makes of the features.
-    extra : tuple of PhysicalParameter
-        Numbers beyond the nine, at the end of `theta`.
+    extra : tuple of LearnedParameter
+        Parameters beyond the nine.
     n_dropped : int
         Numbers of the nine that have no effect in it.
     """
@@ -122,17 +122,17 @@ class Form:
     what: str
     model: PhysicalModel
     features: Callable[[PhysicalFeatures], PhysicalFeatures] = _same
-    extra: tuple[PhysicalParameter, ...] = ()
+    extra: tuple[LearnedParameter, ...] = ()
     n_dropped: int = 0
 
     @property
-    def parameters(self) -> tuple[PhysicalParameter, ...]:
-        """Parameters in the order of `theta`."""
+    def parameters(self) -> tuple[LearnedParameter, ...]:
+        """The nine and those beyond."""
         return (*STEP_PARAMETERS, *self.extra)
 
-    def predict_us(self, theta: FloatArray, features: PhysicalFeatures) -> FloatArray:
+    def predict_us(self, values: Values, features: PhysicalFeatures) -> FloatArray:
         """Step times, shape (n_steps,), microseconds."""
-        return self.model.predict_us(theta, self.features(features))
+        return self.model.predict_us(values, self.features(features))
 
 
 SHIPPED = Form("shipped", "the shipped form", PhysicalModel())
@@ -169,9 +169,9 @@ FORMS = (
 
 @dataclass(frozen=True)
 class FormFit:
-    """Learned numbers in the order of the form's parameters, the objective that they reach, and its part without priors."""
+    """Learned parameters by name, the objective that they reach, and its part without priors."""
 
-    theta: FloatArray
+    values: dict[str, float]
     objective: float
     misfit: float
 
@@ -204,12 +204,14 @@ def fit_form(form: Form, rows: RequestLevel) -> FormFit:
     low, high = np.log([[p.low for p in form.parameters], [p.high for p in form.parameters]])
 
     def residuals(x: FloatArray) -> FloatArray:
-        errors = np.log(form.predict_us(np.exp(x), rows.features) / measured) / sigma
+        errors = np.log(form.predict_us(by_name(np.exp(x), form.parameters), rows.features) / measured) / sigma
         return np.concatenate([share * soft(errors), (x - priors) / scale])
 
     solution = least_squares(residuals, priors, jac="3-point", bounds=(low, high), x_scale=scale)
     return FormFit(
-        np.exp(solution.x), float(2.0 * solution.cost), float(np.sum(residuals(solution.x)[: measured.size] ** 2))
+        by_name(np.exp(solution.x), form.parameters),
+        float(2.0 * solution.cost),
+        float(np.sum(residuals(solution.x)[: measured.size] ** 2)),
     )
 
 
@@ -239,7 +241,7 @@ def compare_forms(level: RequestLevel, forms: Sequence[Form] = FORMS) -> tuple[p
     table, values = [], []
     for form in forms:
         fitted = fit_form(form, rows)
-        predicted = form.predict_us(fitted.theta, level.features)
+        predicted = form.predict_us(fitted.values, level.features)
         size = PERCENT * np.abs(predicted / level.rows["interval_us"].to_numpy(dtype=float) - 1.0)
         runs = level.rows.assign(size=size).groupby(["split", "experiment_id"])
         mape, median = runs["size"].mean(), runs["size"].median()
@@ -258,8 +260,7 @@ def compare_forms(level: RequestLevel, forms: Sequence[Form] = FORMS) -> tuple[p
             }
         )
         values += [
-            {"form": form.name, "name": p.name, "unit": p.unit, "value": float(v)}
-            for p, v in zip(form.parameters, fitted.theta, strict=True)
+            {"form": form.name, "name": p.name, "unit": p.unit, "value": fitted.values[p.name]} for p in form.parameters
         ]
     forms_table = pd.DataFrame(table)
     more = forms_table["objective"] - forms_table["objective"].iloc[0]

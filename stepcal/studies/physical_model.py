@@ -14,7 +14,7 @@ from stepcal.calibration.optimal_design import rank_next_experiments
 from stepcal.calibration.training_rows import RequestLevel, request_level, step_features, training_rows
 from stepcal.calibration.uncertainty import e2e_intervals, parameter_table, singular_values
 from stepcal.errors import InputError
-from stepcal.evaluation.cross_validation import LOW, baseline, cross_validate, errors_by_run, evaluate
+from stepcal.evaluation.cross_validation import LOW, baseline, compare_runs, cross_validate, errors_by_run
 from stepcal.experiments.experiment import Experiment
 from stepcal.metrics import mape_percent, mspe_percent
 from stepcal.reconstruction.labelled_steps import (
@@ -26,16 +26,14 @@ from stepcal.reconstruction.labelled_steps import (
     rebuilt_steps,
 )
 from stepcal.reconstruction.timeline import decode_intervals
-from stepcal.step_time.coefficients import DEFAULT, frozen_theta
+from stepcal.step_time.coefficients import DEFAULT, frozen_values
 from stepcal.step_time.physical import PhysicalModel
-from stepcal.step_time.physical_parameters import N_STEP, PARAMETERS
+from stepcal.step_time.physical_parameters import PARAMETERS, as_array
 from stepcal.studies.published_runs import load_experiments
 from stepcal.units import MS_PER_S, PERCENT, BoolArray, FloatArray
 
 Tables = dict[str, pd.DataFrame]
 SPLITS = ("whole", "test", "stage 0", "stage 1")
-FROZEN_TOLERANCE = 1e-3
-"""How far a recomputed number may be from the frozen one; the optimiser stops at 1e-3 of its objective."""
 
 
 def run_physical_model(
@@ -77,17 +75,17 @@ def run_physical_model(
     level = request_level(decode_intervals(requests, runs_table), experiments)
     runs = prepare_runs(experiments)
     fitted = fit_joint(runs, training_rows(level), workers=workers)
-    frozen = frozen_theta()
+    frozen = frozen_values()
     parameters, draws = parameter_table(fitted, seed=seed)
     folds, values = cross_validate(runs, level, workers=workers)
-    comparisons = pd.concat([evaluate(runs, frozen, DEFAULT), baseline(runs)], ignore_index=True)
+    comparisons = pd.concat([compare_runs(runs, frozen, DEFAULT), baseline(runs)], ignore_index=True)
     errors = pd.concat([errors_by_run(comparisons, runs, split) for split in SPLITS], ignore_index=True)
     wanted = (comparisons["variant"] == DEFAULT) & (comparisons["split"] == "whole")
     without = values[values["leave_out"] == "model"].pivot(index="fold", columns="name", values="value")
-    theta_without = {str(m): row[[p.name for p in PARAMETERS]].to_numpy(dtype=float) for m, row in without.iterrows()}
+    values_without = {str(model): {p.name: float(row[p.name]) for p in PARAMETERS} for model, row in without.iterrows()}
     labelled = labelled_steps(steps, requests, runs_table, stage_starts_ns=stage_starts_ns)
     tables = {
-        "parameters": parameters.assign(frozen=frozen),
+        "parameters": parameters.assign(frozen=as_array(frozen)),
         "singular_values": singular_values(fitted),
         "errors": errors,
         "percentiles": comparisons[wanted & comparisons["statistic"].isin(["p50", "p90", "p99"])].reset_index(
@@ -96,7 +94,7 @@ def run_physical_model(
         "requests": request_scores(level, frozen),
         "first_requests": first_requests(runs, frozen),
         "steps": step_scores(
-            labelled, experiments, frozen, theta_without, rebuilt=rebuilt_steps(steps, requests, runs_table)
+            labelled, experiments, frozen, values_without, rebuilt=rebuilt_steps(steps, requests, runs_table)
         ),
         "folds": folds,
         "fold_values": values,
@@ -108,7 +106,7 @@ def run_physical_model(
 
 def reproduction_error(fitted: Calibration) -> float:
     """Return the largest relative difference between a calibration and the frozen default."""
-    return float(np.max(np.abs(fitted.theta / frozen_theta() - 1.0)))
+    return float(np.max(np.abs(as_array(fitted.values) / as_array(frozen_values()) - 1.0)))
 
 
 def main() -> None:
@@ -122,7 +120,7 @@ def main() -> None:
     print(f"\nfrozen numbers reproduced to {texts['reproduced']}; {time.perf_counter() - started:.0f} s")
 
 
-def first_requests(runs: Sequence[Run], theta: FloatArray) -> pd.DataFrame:
+def first_requests(runs: Sequence[Run], values: Mapping[str, float]) -> pd.DataFrame:
     """Compare the start of each run with its rest: TTFT measured and predicted, and how much of the difference is predicted.
 
     The first requests, as many as the workload has texts, bring prompts that no cache holds yet, which the simulator
@@ -132,7 +130,8 @@ def first_requests(runs: Sequence[Run], theta: FloatArray) -> pd.DataFrame:
     ----------
     runs : sequence of Run
         Overloaded ones are left out: their TTFT is a queue's.
-    theta : ndarray
+    values : mapping of str to float
+        Parameters by name.
 
     Returns
     -------
@@ -147,7 +146,7 @@ def first_requests(runs: Sequence[Run], theta: FloatArray) -> pd.DataFrame:
         if run.experiment.overloaded or table is None:
             continue
         n_texts = workload.n_groups * workload.n_prompts_per_group
-        e2e, ttft = run_latencies_s(run, theta)
+        e2e, ttft = run_latencies_s(run, values)
         row: dict[str, object] = {"experiment_id": run.experiment.experiment_id, "n_first": n_texts}
         position, stage = np.arange(len(table)), np.asarray(run.requests.stage)
         for name, part in (("first", position < n_texts), ("later", (position >= n_texts) & (stage == LOW))):
@@ -162,20 +161,21 @@ def first_requests(runs: Sequence[Run], theta: FloatArray) -> pd.DataFrame:
     return result.assign(explained_percent=explained)
 
 
-def request_scores(level: RequestLevel, theta: FloatArray) -> pd.DataFrame:
+def request_scores(level: RequestLevel, values: Mapping[str, float]) -> pd.DataFrame:
     """Return MAPE and bias of the decode interval by experiment and split (rebuilt batch: diagnosis, not a verdict).
 
     Parameters
     ----------
     level : RequestLevel
-    theta : ndarray
+    values : mapping of str to float
+        Parameters by name.
 
     Returns
     -------
     DataFrame
         `experiment_id`, `split`, `n`, `mape_percent`, `mspe_percent`.
     """
-    predicted = PhysicalModel().predict_us(theta[:N_STEP], level.features)
+    predicted = PhysicalModel().predict_us(values, level.features)
     error = PERCENT * (predicted / level.rows["interval_us"].to_numpy(dtype=float) - 1.0)
     grouped = level.rows.assign(error=error, size=np.abs(error)).groupby(["experiment_id", "split"], sort=True)
     table = grouped.agg(n=("error", "size"), mape_percent=("size", "mean"), mspe_percent=("error", "mean"))
@@ -185,8 +185,8 @@ def request_scores(level: RequestLevel, theta: FloatArray) -> pd.DataFrame:
 def step_scores(
     table: pd.DataFrame,
     experiments: Sequence[Experiment],
-    theta: FloatArray,
-    theta_without: Mapping[str, FloatArray] | None = None,
+    values: Mapping[str, float],
+    values_without: Mapping[str, Mapping[str, float]] | None = None,
     *,
     rebuilt: pd.DataFrame | None = None,
     split: str = "test",
@@ -198,10 +198,10 @@ def step_scores(
     table : DataFrame
         Of `labelled_steps`.
     experiments : sequence of Experiment
-    theta : ndarray
-        The calibrated numbers, which saw decode intervals and latencies of the training arrivals, no step.
-    theta_without : mapping of str to ndarray, optional
-        By model, numbers fitted without it; adds the physical rows of ``other models``.
+    values : mapping of str to float
+        The calibrated parameters, which saw decode intervals and latencies of the training arrivals, no step.
+    values_without : mapping of str to mapping, optional
+        By model, parameters fitted without it; adds the physical rows of ``other models``.
     rebuilt : DataFrame, optional
         Of `rebuilt_steps`; adds the rows whose features are the gap's means, of the corrected label.
     split : str
@@ -211,7 +211,7 @@ def step_scores(
     -------
     DataFrame
         `experiment_id`, `label` (corrected, published), `features` (of `FEATURES`), `trained_on` (``own run``,
-        ``other models``; ``all runs``: `theta`; ``steps of all runs``: `fit_steps`), `variant` (constant, blackbox,
+        ``other models``; ``all runs``: `values`; ``steps of all runs``: `fit_steps`), `variant` (constant, blackbox,
         physical), `mape_percent`, `mspe_percent`, `n`.
 
     Raises
@@ -227,24 +227,21 @@ def step_scores(
     rows = []
     for kind, counts, every in kinds:
         features = step_features(table, experiments, every)
-        thetas = {
-            "all runs": theta[:N_STEP],
-            "steps of all runs": fit_steps(table, features, experiments).theta[:N_STEP],
-        }
+        everywhere = {"all runs": values, "steps of all runs": fit_steps(table, features, experiments).values}
         for name in table["experiment_id"].unique():
             own = (table["experiment_id"] == name).to_numpy()
             judged = own & (table["split"] == split).to_numpy()
             family = _families(table)[own][0]
-            left_out = (theta_without or {}).get(family)
-            learned = thetas | ({} if left_out is None else {"other models": left_out[:N_STEP]})
+            left_out = (values_without or {}).get(family)
+            learned = everywhere | ({} if left_out is None else {"other models": left_out})
             for label, column in LABELS.items():
                 if kind == GAP_MEAN and label == "published":
                     continue  # It is of the sampled step alone.
                 actual = table[column].to_numpy(dtype=float)
                 predictions = _baselines(counts, actual, own, judged, _families(table) != family)
                 if label == "corrected":
-                    for trained_on, numbers in learned.items():
-                        predicted = PhysicalModel().predict_us(numbers, features.rows(judged))
+                    for trained_on, own_values in learned.items():
+                        predicted = PhysicalModel().predict_us(own_values, features.rows(judged))
                         predictions[trained_on, "physical"] = predicted
                 about = {"experiment_id": name, "label": label, "features": kind}
                 rows += [about | _scored(who, p, actual[judged]) for who, p in predictions.items()]

@@ -8,6 +8,7 @@ from stepcal.datasets import experiments, load_stages
 from stepcal.experiments.experiment import CLIENT_TIMEOUT_S, Experiment
 from stepcal.simulator import LoadStage, ServerConfig, SharedPrefixWorkload
 from stepcal.specs.architecture import load_architecture
+from stepcal.specs.deployment import Deployment
 from stepcal.specs.hardware import load_accelerator
 from stepcal.specs.kv_offloading import STUDY_OFFLOAD_GIB, offload_blocks
 
@@ -50,10 +51,9 @@ def load_experiments(requests: pd.DataFrame | None = None) -> list[Experiment]:
         result.append(
             Experiment(
                 experiment_id=name,
-                architecture=architecture,
-                accelerator=load_accelerator(str(run["gpu"])),
-                tensor_parallel=int(run["tensor_parallel"]),
-                server=server,
+                deployment=Deployment(
+                    architecture, load_accelerator(str(run["gpu"])), int(run["tensor_parallel"]), server
+                ),
                 workload=workload,
                 overloaded=bool(run["overloaded"]),
                 requests=of_run[name].reset_index(drop=True) if name in of_run else None,

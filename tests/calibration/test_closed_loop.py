@@ -23,12 +23,12 @@ from stepcal.calibration.training_rows import request_level, training_rows
 from stepcal.calibration.uncertainty import parameter_table, singular_values
 from stepcal.datasets import experiments, have_traces, load_requests
 from stepcal.errors import InputError
-from stepcal.evaluation.cross_validation import LEAVE_OUT, errors_by_run, evaluate, folds
+from stepcal.evaluation.cross_validation import LEAVE_OUT, compare_runs, errors_by_run, folds
 from stepcal.locations import data_folder
 from stepcal.reconstruction.timeline import decode_intervals
 from stepcal.simulator import simulate
-from stepcal.step_time.coefficients import frozen_default_sha256, frozen_theta, load_coefficients
-from stepcal.step_time.physical_parameters import PARAMETERS
+from stepcal.step_time.coefficients import frozen_default_sha256, frozen_values, load_coefficients
+from stepcal.step_time.physical_parameters import PARAMETERS, as_array, by_name
 from stepcal.studies.physical_model import first_requests, request_scores
 from stepcal.studies.published_runs import load_experiments
 
@@ -46,7 +46,7 @@ def planted():
 def fitted(planted):
     runs, level = planted
     rows = training_rows(level)
-    return calibrate(runs=runs, level=rows, start=calibrate(level=rows).theta)
+    return calibrate(runs=runs, level=rows, start=calibrate(level=rows).values)
 
 
 def test_at_the_truth_nothing_is_left(planted):
@@ -55,7 +55,7 @@ def test_at_the_truth_nothing_is_left(planted):
 
 
 def test_planted_numbers_come_back(fitted):
-    found = dict(zip([p.name for p in PARAMETERS], fitted.theta / PLANTED, strict=True))
+    found = {name: value / PLANTED[name] for name, value in fitted.values.items()}
     for name, ratio in found.items():
         if name not in (
             "mixed_layer_us",
@@ -68,23 +68,24 @@ def test_planted_numbers_come_back(fitted):
 
 def test_latencies_of_planted_runs_come_back(planted, fitted):
     runs, _ = planted
-    errors = errors_by_run(evaluate(runs, fitted.theta, "default"), runs, "whole")
+    errors = errors_by_run(compare_runs(runs, fitted.values, "default"), runs, "whole")
     assert errors["e2e_error_percent"].abs().max() < 0.3
 
 
 def test_the_same_input_gives_the_same_numbers(planted):
     rows = training_rows(planted[1])
-    assert np.array_equal(calibrate(level=rows).theta, calibrate(level=rows).theta)
+    assert calibrate(level=rows).values == calibrate(level=rows).values
 
 
 def test_the_interval_jacobian_is_the_derivative(planted):
     rows = training_rows(planted[1])
-    x = np.log(PLANTED * 1.05)
-    jacobian = interval_jacobian(rows, np.exp(x))
+    x = np.log(as_array(PLANTED) * 1.05)
+    jacobian = interval_jacobian(rows, by_name(np.exp(x)))
     for j in range(x.size):
         step = np.zeros(x.size)
         step[j] = 1e-5
-        slope = (interval_residuals(rows, np.exp(x + step)) - interval_residuals(rows, np.exp(x - step))) / 2e-5
+        up, down = (interval_residuals(rows, by_name(np.exp(x + sign * step))) for sign in (1.0, -1.0))
+        slope = (up - down) / 2e-5
         assert np.allclose(jacobian[:, j], slope, rtol=1e-3, atol=1e-6)
 
 
@@ -132,7 +133,7 @@ def test_the_default_is_what_was_frozen():
     content = (data_folder() / "coefficients" / "default.json").read_bytes()
     assert hashlib.sha256(content).hexdigest() == frozen_default_sha256()
     assert len(frozen_default_sha256()) == 64
-    assert frozen_theta().shape == (len(PARAMETERS),)
+    assert list(frozen_values()) == [p.name for p in PARAMETERS]
     for p, entry in zip(PARAMETERS, json.loads(content)["parameters"], strict=True):
         assert entry["name"] == p.name
         assert p.low <= entry["value"] <= p.high
@@ -156,7 +157,7 @@ def test_the_default_drives_a_simulation():
     coefficients = load_coefficients("default")
     assert set(coefficients.api_overheads_us()) == {"api_before_us"}
     e = load_experiments()[0]
-    clock = coefficients.clock(e.architecture, e.accelerator, e.server, tensor_parallel=e.tensor_parallel)
+    clock = coefficients.compile(e.deployment)
     result = simulate(
         e.workload.requests("poisson", seed=0), e.server, clock, timeout_s=300.0, **coefficients.api_overheads_us()
     )
@@ -167,12 +168,12 @@ def test_the_default_drives_a_simulation():
 @pytest.mark.skipif(not have_traces(), reason="needs the public requests")
 def test_the_default_meets_the_figures_of_the_closing_note():
     runs = [run for run in prepare_runs(load_experiments(load_requests())) if not run.experiment.overloaded]
-    errors = errors_by_run(evaluate(runs, frozen_theta(), "default"), runs, "whole")
+    errors = errors_by_run(compare_runs(runs, frozen_values(), "default"), runs, "whole")
     assert errors["e2e_error_percent"].abs().mean() == pytest.approx(0.598, abs=0.01)
     assert errors["e2e_error_percent"].abs().max() < 2.2
     assert errors["ttft_error_percent"].abs().mean() < 10
     assert errors["tpot_error_percent"].abs().mean() < 2
-    assert np.isfinite(run_latencies_s(runs[0], frozen_theta())[0]).all()
+    assert np.isfinite(run_latencies_s(runs[0], frozen_values())[0]).all()
 
 
 def test_first_requests_of_a_planted_run_are_explained(planted):

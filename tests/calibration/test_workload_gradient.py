@@ -16,12 +16,12 @@ from stepcal.calibration.closed_loop import (
     workload_residuals,
 )
 from stepcal.simulator import CompiledStepTime, LoadStage, ServerConfig, SharedPrefixWorkload, engine, simulate
-from stepcal.step_time.physical_parameters import PARAMETERS
+from stepcal.step_time.physical_parameters import PARAMETERS, as_array, by_name
 from stepcal.studies.published_runs import load_experiments
 from stepcal.threads import each
 
 NAMES = [p.name for p in PARAMETERS]
-ELSEWHERE = np.log(PLANTED * 1.03)
+ELSEWHERE = np.log(as_array(PLANTED) * 1.03)
 DENSE_ONE_RANK, DENSE, MIXTURE = 0, 1, 2
 
 
@@ -29,8 +29,8 @@ DENSE_ONE_RANK, DENSE, MIXTURE = 0, 1, 2
 def runs():
     """A dense model on one GPU, a dense one on several, a mixture on two; measured as `PLANTED` predicts."""
     own = [e for e in load_experiments() if not e.overloaded]
-    one = next(e for e in own if e.tensor_parallel == 1)
-    several = next(e for e in own if e.tensor_parallel == 4)
+    one = next(e for e in own if e.deployment.tensor_parallel == 1)
+    several = next(e for e in own if e.deployment.tensor_parallel == 4)
     mixture = next(e for e in own if e.architecture.is_mixture)
     return prepare_runs([simulated(e, PLANTED) for e in (one, several, mixture)])
 
@@ -41,10 +41,10 @@ def n_simulated(monkeypatch):
     counts: dict[str, int] = {}
     latencies = calibration._latencies_s
 
-    def counted(run, clock, theta):
+    def counted(run, step_time, values):
         name = run.experiment.experiment_id
         counts[name] = counts.get(name, 0) + 1
-        return latencies(run, clock, theta)
+        return latencies(run, step_time, values)
 
     monkeypatch.setattr(calibration, "_latencies_s", counted)
     return counts
@@ -52,8 +52,8 @@ def n_simulated(monkeypatch):
 
 @pytest.mark.parametrize("workers", [2, 3])
 def test_threads_change_no_bit(runs, workers: int) -> None:
-    alone, labels = workload_residuals(runs, np.exp(ELSEWHERE))
-    together, same_labels = workload_residuals(runs, np.exp(ELSEWHERE), workers=workers)
+    alone, labels = workload_residuals(runs, by_name(np.exp(ELSEWHERE)))
+    together, same_labels = workload_residuals(runs, by_name(np.exp(ELSEWHERE)), workers=workers)
     assert alone.tobytes() == together.tobytes()
     assert labels == same_labels
     assert np.abs(alone).max() > 0.5
@@ -62,17 +62,17 @@ def test_threads_change_no_bit(runs, workers: int) -> None:
 
 
 def test_the_gradient_is_that_of_forward_differences_of_everything(runs) -> None:
-    base = workload_residuals(runs, np.exp(ELSEWHERE))[0]
+    base = workload_residuals(runs, by_name(np.exp(ELSEWHERE)))[0]
     columns = []
     for j in range(ELSEWHERE.size):
         step = np.zeros(ELSEWHERE.size)
         step[j] = DIFFERENCE_STEP
-        columns.append((workload_residuals(runs, np.exp(ELSEWHERE + step))[0] - base) / DIFFERENCE_STEP)
+        columns.append((workload_residuals(runs, by_name(np.exp(ELSEWHERE + step)))[0] - base) / DIFFERENCE_STEP)
     assert np.array_equal(workload_jacobian(runs, ELSEWHERE), np.column_stack(columns))
 
 
 def test_only_what_a_number_touches_is_simulated(runs, n_simulated) -> None:
-    base = workload_residuals(runs, np.exp(ELSEWHERE))[0]
+    base = workload_residuals(runs, by_name(np.exp(ELSEWHERE)))[0]
     n_simulated.clear()
     jacobian = workload_jacobian(runs, ELSEWHERE, residuals=base, workers=2)
     names = [run.experiment.experiment_id for run in runs]
@@ -87,11 +87,11 @@ def test_only_what_a_number_touches_is_simulated(runs, n_simulated) -> None:
 
 
 def test_a_calibration_is_the_same_on_two_threads(runs, n_simulated) -> None:
-    start = np.exp(ELSEWHERE)
+    start = by_name(np.exp(ELSEWHERE))
     alone = calibrate(runs=runs, start=start, max_evaluations=2)
     n_alone = sum(n_simulated.values())
     together = calibrate(runs=runs, start=start, max_evaluations=2, workers=2)
-    assert alone.theta.tobytes() == together.theta.tobytes()
+    assert alone.values == together.values
     assert alone.jacobian.tobytes() == together.jacobian.tobytes()
     # Residuals at the start, of the step that is tried, of the result; Jacobians at the start, and where the step is taken.
     per_jacobian = 3 * len(PARAMETERS) - 4

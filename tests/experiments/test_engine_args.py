@@ -26,18 +26,18 @@ def without(*names: str, **more: object) -> dict:
 def test_names_of_the_tensor_parallel_degree(name: str, tmp_path) -> None:
     write_run(tmp_path, server=without("tensor_parallelism", **{name: 2}))
     experiment = read_one(tmp_path)
-    assert experiment.tensor_parallel == 2
+    assert experiment.deployment.tensor_parallel == 2
     assert not any("tensor" in note for note in experiment.notes)
 
 
 def test_a_degree_that_is_absent_may_stand_in_the_name(tmp_path) -> None:
     write_run(tmp_path, "2026-llama-tp4-chat", server=without("tensor_parallelism"))
     experiment = read_one(tmp_path)
-    assert experiment.tensor_parallel == 4
+    assert experiment.deployment.tensor_parallel == 4
     assert "`tensor_parallelism` is absent; 4 by the run's name." in experiment.notes
     write_run(tmp_path / "other", "http2", server=without("tensor_parallelism"))
     experiment = read_one(tmp_path / "other")
-    assert experiment.tensor_parallel == 1
+    assert experiment.deployment.tensor_parallel == 1
     assert "`tensor_parallelism` is absent; 1 by vLLM's default." in experiment.notes
 
 
@@ -56,7 +56,7 @@ def test_names_that_disagree_are_refused(tmp_path) -> None:
 def test_names_of_the_gpu(text: str, name: str, key: str, tmp_path) -> None:
     write_run(tmp_path, server={**SERVER, key: text})
     experiment = read_one(tmp_path, accelerator="h200-sxm")
-    assert experiment.accelerator.name == name
+    assert experiment.deployment.accelerator.name == name
     assert experiment.notes == ()
 
 
@@ -70,11 +70,11 @@ def test_boards_that_do_not_ship_are_refused(text: str, tmp_path) -> None:
 def test_a_gpu_that_is_not_named_is_noted(tmp_path) -> None:
     write_run(tmp_path, "run-l40s-tp1")
     experiment = read_one(tmp_path)
-    assert experiment.accelerator.name == "l40s"
+    assert experiment.deployment.accelerator.name == "l40s"
     assert any("`l40s` by the run's name. Name it as `gpu`" in note for note in experiment.notes)
     write_run(tmp_path / "plain")
     experiment = read_one(tmp_path / "plain")
-    assert experiment.accelerator.name == "h100-sxm"
+    assert experiment.deployment.accelerator.name == "h100-sxm"
     assert any(
         "`h100-sxm` was assumed. Name it as `gpu` in exp-config.yaml, or give --accelerator" in n
         for n in experiment.notes
@@ -117,7 +117,9 @@ def test_estimated_kv_blocks_are_those_that_vllm_logged(tmp_path) -> None:
     """The four servers whose logged number is known, to 1%."""
     logged = experiments().set_index("experiment_id")["kv_blocks_total"]
     for known in load_experiments():
-        server = without("kv_blocks_total_gpu", model=known.architecture.name, tensor_parallelism=known.tensor_parallel)
+        server = without(
+            "kv_blocks_total_gpu", model=known.architecture.name, tensor_parallelism=known.deployment.tensor_parallel
+        )
         write_run(tmp_path, known.experiment_id, server=server)
     for found, _ in read_experiment_folder(tmp_path, accelerator="h100-sxm"):
         assert found.server.kv_blocks == pytest.approx(logged[found.experiment_id], rel=0.01)

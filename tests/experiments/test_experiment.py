@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from stepcal.datasets import load_requests
 from stepcal.errors import InputError
-from stepcal.evaluation.latency_errors import compare, judged_error_percent, mean_errors, pace_clock, training_mean
+from stepcal.evaluation.latency_errors import compare, judged_error_percent, mean_errors, pace_step_time, training_mean
 from stepcal.experiments.experiment import CLIENT_TIMEOUT_S, Experiment, run_experiment
 from stepcal.experiments.folders import read_experiment_folder
 from stepcal.experiments.latencies import (
@@ -26,6 +26,7 @@ from stepcal.experiments.latencies import (
 )
 from stepcal.simulator import CompiledStepTime, LoadStage, ServerConfig, SharedPrefixWorkload
 from stepcal.specs.architecture import load_architecture
+from stepcal.specs.deployment import Deployment
 from stepcal.specs.hardware import load_accelerator
 from stepcal.studies.published_runs import load_experiments
 
@@ -61,10 +62,12 @@ def some_requests(n: int = 60, *, failed: tuple[int, ...] = (), seed: int = 0) -
 def an_experiment(requests: pd.DataFrame | None = None, **changes: object) -> Experiment:
     plain = Experiment(
         experiment_id="run-a",
-        architecture=load_architecture("llama-2-7b"),
-        accelerator=load_accelerator("h100-sxm"),
-        tensor_parallel=1,
-        server=ServerConfig(kv_blocks=500, max_num_seqs=8, max_num_batched_tokens=64),
+        deployment=Deployment(
+            load_architecture("llama-2-7b"),
+            load_accelerator("h100-sxm"),
+            1,
+            ServerConfig(kv_blocks=500, max_num_seqs=8, max_num_batched_tokens=64),
+        ),
         workload=WORKLOAD,
         overloaded=False,
         requests=requests,
@@ -175,7 +178,7 @@ def test_the_yardsticks_see_the_first_60_percent_of_arrivals_only() -> None:
     changed.loc[changed.index == 40, "has_error"] = True
     one, other = an_experiment(requests), an_experiment(changed)
     pd.testing.assert_frame_equal(training_mean(one), training_mean(other))
-    assert pace_clock(one) == pace_clock(other)
+    assert pace_step_time(one) == pace_step_time(other)
     early = requests.iloc[:36]
     early = early[~early["has_error"]]
     means = by_key(training_mean(one))
@@ -183,15 +186,15 @@ def test_the_yardsticks_see_the_first_60_percent_of_arrivals_only() -> None:
         assert means[split, "e2e", "mean"] == pytest.approx(early["e2e_s"].mean() * 1000)
         assert means[split, "ttft", "mean"] == pytest.approx(early["ttft_s"].mean() * 1000)
     pace_us = ((early["e2e_s"] - early["ttft_s"]) / 10).mean() * 1e6
-    assert pace_clock(one).constant_us == pytest.approx(pace_us)
+    assert pace_step_time(one).constant_us == pytest.approx(pace_us)
     assert means[WHOLE, "tpot", "mean"] == pytest.approx(pace_us / 1000)
     spoiled = requests.assign(e2e_s=requests["e2e_s"].where(requests.index != 35, 99.0))
-    assert pace_clock(an_experiment(spoiled)) != pace_clock(one), "row 35 is the last of the first 60 percent"
+    assert pace_step_time(an_experiment(spoiled)) != pace_step_time(one), "row 35 is the last of the first 60 percent"
 
 
 def test_what_needs_requests_says_so() -> None:
     bare = an_experiment()
-    for needs in (training_mean, pace_clock):
+    for needs in (training_mean, pace_step_time):
         with pytest.raises(InputError, match=r"requests of `run-a` are not at hand.*STEPCAL_DATA"):
             needs(bare)
     with pytest.raises(InputError, match=r"`run-a`.*cannot be replayed.*`poisson`"):

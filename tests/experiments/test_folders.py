@@ -19,8 +19,8 @@ def test_a_run_is_read_whole(tmp_path) -> None:
     ((experiment, known),) = read_experiment_folder(tmp_path)
     assert experiment.experiment_id == "run-a"
     assert experiment.architecture.name == "llama-2-7b"
-    assert experiment.accelerator.name == "h100-sxm"
-    assert experiment.tensor_parallel == 1
+    assert experiment.deployment.accelerator.name == "h100-sxm"
+    assert experiment.deployment.tensor_parallel == 1
     assert experiment.server.kv_blocks == 7462
     assert experiment.server.block_size == 16
     assert experiment.server.enable_prefix_caching and experiment.server.async_scheduling
@@ -60,8 +60,8 @@ def test_what_the_server_was_started_with_is_used(tmp_path) -> None:
     assert experiment.server.block_size == 32
     assert not experiment.server.enable_prefix_caching
     assert not experiment.server.async_scheduling
-    assert experiment.accelerator.name == "a100-80gb", "the run's own word wins"
-    assert experiment.tensor_parallel == 4
+    assert experiment.deployment.accelerator.name == "a100-80gb", "the run's own word wins"
+    assert experiment.deployment.tensor_parallel == 4
 
 
 def test_the_accelerator_of_runs_that_do_not_name_one(tmp_path) -> None:

@@ -30,9 +30,7 @@ def burst() -> np.ndarray:
 def simulated(experiment: Experiment, sent_s: np.ndarray) -> SimulationResult:
     """What the default predicts for requests sent at given times."""
     default = load_coefficients("default")
-    clock = default.clock(
-        experiment.architecture, experiment.accelerator, experiment.server, tensor_parallel=experiment.tensor_parallel
-    )
+    clock = default.compile(experiment.deployment)
     rows = {"experiment_id": experiment.experiment_id, "index": np.arange(sent_s.size), "prompt_tokens": 150}
     table = pd.DataFrame({**rows, "arrival_time_us": np.rint(sent_s * 1e6).astype(int), "output_tokens": 21})
     own = Experiment(**{**vars(experiment), "requests": table.assign(has_error=False)})

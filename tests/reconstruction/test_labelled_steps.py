@@ -22,14 +22,14 @@ from stepcal.reconstruction.labelled_steps import (
 )
 from stepcal.reconstruction.labels import step_intervals
 from stepcal.simulator import LoadStage, simulate
-from stepcal.step_time.physical import PhysicalModel, physical_clock
-from stepcal.step_time.physical_parameters import N_STEP, PARAMETERS
+from stepcal.step_time.physical import PhysicalModel, compile_physical
+from stepcal.step_time.physical_parameters import PARAMETERS, priors
 from stepcal.studies.physical_model import step_scores
 from stepcal.studies.published_runs import load_experiments
 
 NAMES = ("20260217-202857-llama-2-70b-tp4-general", "20260218-150304-codellama-34b-tp2-general")
-PRIOR = np.array([p.start for p in PARAMETERS])
-PLANTED = np.clip(PRIOR * np.resize([1.08, 0.92], PRIOR.size), [p.low for p in PARAMETERS], None)
+PRIOR = priors()
+PLANTED = {p.name: max(p.low, p.start * (1.08, 0.92)[i % 2]) for i, p in enumerate(PARAMETERS)}
 SECONDS = 60.0
 BUSY = 10
 """Requests in the batch above which steps are compared: below, a run begins, and its prompts are not cached."""
@@ -39,19 +39,12 @@ def simulated(experiment):
     """Measured requests and every step of a shortened run, at the planted numbers, in the form of a trace."""
     stages = tuple(LoadStage(s.rate, SECONDS) for s in experiment.workload.stages)
     workload = replace(experiment.workload, stages=stages)
-    clock = physical_clock(
-        PLANTED[:N_STEP],
-        experiment.architecture,
-        experiment.accelerator,
-        experiment.server,
-        tensor_parallel=experiment.tensor_parallel,
-    )
     result = simulate(
         workload.requests("poisson", seed=3),
         experiment.server,
-        clock,
+        compile_physical(PLANTED, experiment.deployment),
         timeout_s=TIMEOUT_S,
-        api_before_us=float(PLANTED[N_STEP]),
+        api_before_us=PLANTED["api_before_us"],
         record_steps=1.0,
         experiment_id=experiment.experiment_id,
     )
@@ -79,8 +72,8 @@ def trace(world):
     return labelled_steps(sampled, requests, experiments()), rebuilt_steps(sampled, requests, experiments())
 
 
-def error_percent(table, theta, features):
-    predicted = PhysicalModel().predict_us(theta[:N_STEP], features)
+def error_percent(table, values, features):
+    predicted = PhysicalModel().predict_us(values, features)
     return 100 * np.abs(predicted / table["interval_us"].to_numpy() - 1.0)
 
 
@@ -102,8 +95,8 @@ def test_a_fit_to_the_steps_finds_the_truth_only_in_the_gap(world, trace):
         features = step_features(table, chosen, every)
         fitted = fit_steps(table, features, chosen)
         assert fitted.level == "step"
-        assert fitted.theta[N_STEP:] == pytest.approx(PRIOR[N_STEP:]), "no step tells anything about these"
-        error[kind] = np.median(error_percent(table, fitted.theta, features)[test])
+        assert fitted.values["api_before_us"] == pytest.approx(PRIOR["api_before_us"]), "no step says anything about it"
+        error[kind] = np.median(error_percent(table, fitted.values, features)[test])
         error[kind, "prior"] = np.median(error_percent(table, PRIOR, features)[test])
     assert error[GAP_MEAN] < 0.2 * error[GAP_MEAN, "prior"]
     assert error[GAP_MEAN] < 0.9 * error[SAMPLED_STEP]

@@ -14,19 +14,21 @@ from stepcal.datasets.splits import temporal_split
 from stepcal.errors import InputError
 from stepcal.simulator import CompiledStepTime, ServerConfig, StepBatch
 from stepcal.specs.architecture import load_architecture
+from stepcal.specs.deployment import Deployment
 from stepcal.specs.hardware import load_accelerator
 from stepcal.step_time.coefficients import AFFINE_TERMS, SHIPPED_VARIANTS, Coefficients, load_coefficients
-from stepcal.step_time.compile import Clock, baseline_clock, correction_clock
+from stepcal.step_time.compile import AnyStepTime, compile_baseline, compile_corrections
 from stepcal.step_time.corrections import Global9
 from stepcal.studies.records import read_recorded
 
 GPU = load_accelerator("h100-sxm")
 LLAMA = load_architecture("llama-2-70b")
 SERVER = ServerConfig(kv_blocks=1000, max_num_seqs=16, max_num_batched_tokens=128)
+SERVED = Deployment(LLAMA, GPU, 4, SERVER)
 BATCHES = [(0, 0), (0, 1), (0, 16), (17, 0), (112, 16), (1, 9)]
 
 
-def asked_us(clock: Clock) -> list[float]:
+def asked_us(clock: AnyStepTime) -> list[float]:
     assert isinstance(clock, CompiledStepTime)
     found = []
     for prefill, decode in BATCHES:
@@ -35,8 +37,8 @@ def asked_us(clock: Clock) -> list[float]:
     return found
 
 
-def clock_of(coefficients: Coefficients) -> Clock:
-    return coefficients.clock(LLAMA, GPU, SERVER, tensor_parallel=4)
+def clock_of(coefficients: Coefficients) -> AnyStepTime:
+    return coefficients.compile(SERVED)
 
 
 def write(folder: Path, variant: object, *parameters: tuple[str, object]) -> str:
@@ -63,7 +65,7 @@ def test_model36_knows_the_families_it_was_fitted_to_only() -> None:
     coefficients = load_coefficients("model36")
     assert len(coefficients.values) == 18
     with pytest.raises(InputError, match="cannot predict `mixtral-8x7b`"):
-        coefficients.clock(load_architecture("mixtral-8x7b"), GPU, SERVER, tensor_parallel=2)
+        coefficients.compile(Deployment(load_architecture("mixtral-8x7b"), GPU, 2, SERVER))
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +88,7 @@ def test_what_fit_writes_is_the_same_clock(variant: str, trace, tmp_path, monkey
     assert done.exit_code == 0, done.stderr
     fitted = variant_fit.fit
     assert fitted is not None
-    expected = correction_clock(fitted.model, fitted.theta, LLAMA, GPU, SERVER, tensor_parallel=4)
+    expected = compile_corrections(fitted.model, fitted.theta, SERVED)
     assert asked_us(clock_of(load_coefficients(str(out)))) == pytest.approx(asked_us(expected), rel=1e-12)
 
 
@@ -97,7 +99,7 @@ def test_what_fit_writes_of_a_baseline_is_the_same_clock(variant: str, trace, tm
     assert done.exit_code == 0, done.stderr
     steps = read_steps(file)
     baseline = fit_variant(variant, temporal_split(steps[steps["experiment_id"] == one]), GPU).baselines[one]
-    expected = baseline_clock(baseline, LLAMA, GPU, SERVER, tensor_parallel=4)
+    expected = compile_baseline(baseline, SERVED)
     assert asked_us(clock_of(load_coefficients(str(out)))) == pytest.approx(asked_us(expected), rel=1e-12)
 
 
@@ -116,7 +118,7 @@ def test_each_experiment_has_its_own_baseline(trace, tmp_path) -> None:
     assert len(baselines) > 1
     every = load_coefficients(str(out))
     for name, baseline in baselines.items():
-        expected = baseline_clock(baseline, LLAMA, GPU, SERVER, tensor_parallel=4)
+        expected = compile_baseline(baseline, SERVED)
         assert asked_us(clock_of(every.of_experiment(name))) == pytest.approx(asked_us(expected), rel=1e-12)
     with pytest.raises(InputError, match=r"says nothing of `another`.*--experiment another"):
         every.of_experiment("another")

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from stepcal.errors import InputError
 from stepcal.simulator import CompiledStepTime, ServerConfig, StepBatch
 from stepcal.specs.architecture import load_architecture
+from stepcal.specs.deployment import Deployment
 from stepcal.specs.hardware import load_accelerator
 from stepcal.step_time.baselines import (
     BATCH_FEATURES,
@@ -18,7 +19,7 @@ from stepcal.step_time.baselines import (
     GradientBoosting,
     RawAnalytical,
 )
-from stepcal.step_time.compile import baseline_clock, correction_clock
+from stepcal.step_time.compile import compile_baseline, compile_corrections
 from stepcal.step_time.corrections import SMALLEST_STEP_US, Global9, Model36, Phase16, StepFeatures
 
 GPU = load_accelerator("h100-sxm")
@@ -56,7 +57,7 @@ def test_a_compiled_correction_is_the_model(name: str, data: st.DataObject, make
     theta = np.array([data.draw(st.floats(max(p.low, 1e-2), min(p.high, 2e3))) for p in model.parameters])
     batches = data.draw(BATCHES)
     degree = MODELS[architecture.name]
-    clock = correction_clock(model, theta, architecture, GPU, SERVER, tensor_parallel=degree)
+    clock = compile_corrections(model, theta, Deployment(architecture, GPU, degree, SERVER))
     features = StepFeatures.of(rows_of(batches, make_steps, architecture.name), GPU)
     np.testing.assert_allclose(asked_all_us(clock, batches), model.predict_us(theta, features), rtol=1e-9)
 
@@ -69,7 +70,7 @@ def test_the_floor_is_the_models(name: str, make_steps) -> None:
     batches = [(0, 0), (0, 1), (1, 0), (1, 1)]
     for architecture in map(load_architecture, MODELS):
         degree = MODELS[architecture.name]
-        clock = correction_clock(model, np.array(small), architecture, GPU, SERVER, tensor_parallel=degree)
+        clock = compile_corrections(model, np.array(small), Deployment(architecture, GPU, degree, SERVER))
         features = StepFeatures.of(rows_of(batches, make_steps, architecture.name), GPU)
         predicted = model.predict_us(np.array(small), features)
         assert predicted.min() == SMALLEST_STEP_US
@@ -82,7 +83,7 @@ def test_model36_takes_the_family_of_the_server() -> None:
     theta[[i for i, p in enumerate(model.parameters) if p.name == "mixtral-8x7b.overhead_us"]] = 777.0
     overheads = {
         name: asked_us(
-            correction_clock(model, theta, load_architecture(name), GPU, SERVER, tensor_parallel=degree), 0, 0
+            compile_corrections(model, theta, Deployment(load_architecture(name), GPU, degree, SERVER)), 0, 0
         )
         for name, degree in MODELS.items()
     }
@@ -93,13 +94,13 @@ def test_a_family_that_was_not_fitted_is_refused() -> None:
     model = Model36(("llama-2-70b",))
     theta = np.array([p.start for p in model.parameters])
     with pytest.raises(InputError, match="fitted to llama-2-70b and cannot predict `llama-2-7b`"):
-        correction_clock(model, theta, load_architecture("llama-2-7b"), GPU, SERVER, tensor_parallel=1)
+        compile_corrections(model, theta, Deployment(load_architecture("llama-2-7b"), GPU, 1, SERVER))
 
 
 def test_a_degree_that_does_not_divide_the_heads_is_refused() -> None:
     theta = np.array([p.start for p in Global9().parameters])
     with pytest.raises(InputError, match=r"`tensor_parallel=3` does not divide the 32 attention heads.*1, 2, 4"):
-        correction_clock(Global9(), theta, load_architecture("llama-2-7b"), GPU, SERVER, tensor_parallel=3)
+        compile_corrections(Global9(), theta, Deployment(load_architecture("llama-2-7b"), GPU, 3, SERVER))
 
 
 def training(make_steps) -> pd.DataFrame:
@@ -130,7 +131,7 @@ def baselines(make_steps) -> dict:
 def clocks(baselines) -> dict[str, CompiledStepTime]:
     architecture = load_architecture("llama-2-7b")
     return {
-        name: baseline_clock(baseline, architecture, GPU, SERVER, tensor_parallel=1)
+        name: compile_baseline(baseline, Deployment(architecture, GPU, 1, SERVER))
         for name, baseline in baselines.items()
     }
 
@@ -145,7 +146,7 @@ def test_the_clock_of_a_baseline_is_the_baseline(name: str, batches, baselines, 
 def test_buckets_never_seen_take_the_overall_ratio(make_steps) -> None:
     steps = make_steps([0, 0, 0, 0], [4, 5, 6, 7], duration_us=[40.0, 50.0, 60.0, 70.0])
     bucket = BucketMedianRatio(GPU).fit(steps, steps)
-    clock = baseline_clock(bucket, load_architecture("llama-2-7b"), GPU, SERVER, tensor_parallel=1)
+    clock = compile_baseline(bucket, Deployment(load_architecture("llama-2-7b"), GPU, 1, SERVER))
     batches = [(0, 0), (100, 0), (0, 1), (3, 39), (17, 5), (0, 31), (0, 32)]
     np.testing.assert_allclose(
         asked_all_us(clock, batches), bucket.predict_us(rows_of(batches, make_steps)), rtol=1e-12
@@ -156,19 +157,19 @@ def test_a_negative_line_of_the_blackbox_stops_at_the_floor() -> None:
     """The blackbox as published has no floor, but no step can take less than no time."""
     blackbox = Blackbox()
     blackbox.coefficients = np.array([-500.0, 2.0, 10.0])
-    clock = baseline_clock(blackbox, load_architecture("llama-2-7b"), GPU, SERVER, tensor_parallel=1)
+    clock = compile_baseline(blackbox, Deployment(load_architecture("llama-2-7b"), GPU, 1, SERVER))
     assert asked_us(clock, 0, 3) == SMALLEST_STEP_US
     assert asked_us(clock, 250, 3) == pytest.approx(30.0)
 
 
 def test_trees_that_see_more_than_the_batch_are_refused() -> None:
     with pytest.raises(InputError, match=r"see prefill_tokens.*waiting_depth.*GradientBoosting\(features=BATCH_FEAT"):
-        baseline_clock(GradientBoosting(), load_architecture("llama-2-7b"), GPU, SERVER, tensor_parallel=1)
+        compile_baseline(GradientBoosting(), Deployment(load_architecture("llama-2-7b"), GPU, 1, SERVER))
 
 
 def test_an_unknown_kind_of_baseline_is_refused() -> None:
-    with pytest.raises(InputError, match="No clock for a `object`"):
-        baseline_clock(object(), load_architecture("llama-2-7b"), GPU, SERVER, tensor_parallel=1)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="No step time can be compiled from a `object`"):
+        compile_baseline(object(), Deployment(load_architecture("llama-2-7b"), GPU, 1, SERVER))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", ["raw", "bucket", "boosted"])

@@ -8,6 +8,7 @@ from reference.decomposition import components_us
 from stepcal.datasets import published_h1_per_experiment
 from stepcal.errors import InputError
 from stepcal.specs.architecture import load_architecture
+from stepcal.specs.deployment import Deployment
 from stepcal.step_time.decomposition import (
     STUDY_COMPONENTS,
     decompose,
@@ -51,20 +52,20 @@ def test_rows_keep_their_index_and_their_order(make_steps, h100):
 @given(tokens, tokens, models, degrees)
 def test_gemm_is_linear_in_tokens_and_everything_in_the_inverse_degree(h100, prefill, decode, name, tp):
     architecture = load_architecture(name)
-    whole = study_components_us([prefill, 3 * prefill], [decode, 3 * decode], architecture, h100)
-    shared = study_components_us([prefill, 3 * prefill], [decode, 3 * decode], architecture, h100, tensor_parallel=tp)
+    whole = study_components_us([prefill, 3 * prefill], [decode, 3 * decode], Deployment(architecture, h100))
+    shared = study_components_us([prefill, 3 * prefill], [decode, 3 * decode], Deployment(architecture, h100, tp))
     np.testing.assert_allclose(shared * tp, whole, rtol=1e-12)
     np.testing.assert_allclose(whole[1, [0, 2]], 3 * whole[0, [0, 2]], rtol=1e-12)
 
 
 def test_prefill_attention_is_quadratic_beyond_two_tokens(h100):
-    attention = study_components_us([0, 1, 2, 4, 8], [0] * 5, load_architecture("llama-2-7b"), h100)[:, 1]
+    attention = study_components_us([0, 1, 2, 4, 8], [0] * 5, Deployment(load_architecture("llama-2-7b"), h100))[:, 1]
     assert attention[0] == 0
     np.testing.assert_allclose(attention[2:] / attention[1], [2, 8, 32])
 
 
 def test_decode_attention_is_zero_and_so_is_an_empty_step(h100):
-    components = study_components_us([0, 100], [0, 500], load_architecture("llama-2-70b"), h100)
+    components = study_components_us([0, 100], [0, 500], Deployment(load_architecture("llama-2-70b"), h100))
     assert not components[0].any()
     assert components[1, 3] == 0
 
@@ -72,7 +73,7 @@ def test_decode_attention_is_zero_and_so_is_an_empty_step(h100):
 def test_the_published_mixture_fault_is_kept(h100):
     """Mixtral visits two experts and is charged a quarter of one."""
     mixtral = load_architecture("mixtral-8x7b")
-    charged_us = study_components_us([0], [1], mixtral, h100)[0, 2]
+    charged_us = study_components_us([0], [1], Deployment(mixtral, h100))[0, 2]
     attention_flops = 2 * (4096 * (4096 + 2 * 1024) + 4096 * 4096)
     charged_mlp_flops = charged_us / 1e6 * h100.bf16_dense_flops / 32 - attention_flops
     one_expert_flops = 6 * 4096 * 14336
@@ -82,14 +83,14 @@ def test_the_published_mixture_fault_is_kept(h100):
 @pytest.mark.parametrize("prefill", [[-1], [float("nan")]])
 def test_impossible_token_counts_are_refused(h100, prefill):
     with pytest.raises(InputError, match=r"`prefill_tokens\[0\]` is"):
-        study_components_us(prefill, [1], load_architecture("llama-2-7b"), h100)
+        study_components_us(prefill, [1], Deployment(load_architecture("llama-2-7b"), h100))
     with pytest.raises(InputError, match=r"`decode_tokens\[1\]` is"):
-        study_components_us([1, 1], [1, *prefill], load_architecture("llama-2-7b"), h100)
+        study_components_us([1, 1], [1, *prefill], Deployment(load_architecture("llama-2-7b"), h100))
 
 
 def test_columns_of_unequal_length_are_refused(h100):
     with pytest.raises(InputError, match="`prefill_tokens` has 2 steps and `decode_tokens` 3"):
-        study_components_us([1, 2], [1, 2, 3], load_architecture("llama-2-7b"), h100)
+        study_components_us([1, 2], [1, 2, 3], Deployment(load_architecture("llama-2-7b"), h100))
 
 
 def test_an_unknown_model_and_a_degree_that_does_not_fit_are_refused(make_steps, h100):

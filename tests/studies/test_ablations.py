@@ -10,18 +10,17 @@ from stepcal.calibration.closed_loop import calibrate, prepare_runs, run_latenci
 from stepcal.calibration.training_rows import RequestLevel, request_level
 from stepcal.datasets import experiments, measured
 from stepcal.errors import InputError
-from stepcal.evaluation.cross_validation import errors_by_run, evaluate
+from stepcal.evaluation.cross_validation import compare_runs, errors_by_run
 from stepcal.reconstruction.timeline import decode_intervals
 from stepcal.simulator import LoadStage, StepBatch, simulate
-from stepcal.step_time.physical import AT, PhysicalFeatures, batch_features, physical_clock, physical_features
-from stepcal.step_time.physical_parameters import PARAMETERS, STEP_PARAMETERS
+from stepcal.step_time.physical import PhysicalFeatures, batch_features, compile_physical, physical_features
+from stepcal.step_time.physical_parameters import PARAMETERS, STEP_PARAMETERS, by_name
 from stepcal.studies.ablation_scores import (
     MIN_GAIN_POINTS,
     Fitted,
     choose,
-    clock_of,
+    compile_variant,
     errors_of,
-    phase_clock,
     split_errors,
     summarise,
 )
@@ -30,8 +29,8 @@ from stepcal.studies.controlled import CACHED_PROMPTS, NEW_PROMPTS, sums_against
 from stepcal.studies.model_forms import FORMS, PHASES, SHIPPED, SUPPORTED, compare_forms, fit_form
 from stepcal.studies.published_runs import load_experiments
 
-THETA = np.array([1.1, 3.0, 40.0, 45.0, 5.0, 1.8, 14.0, 6.0, 0.08, 7_000.0])
-SLOWER = THETA * np.array([1.05, 1, 1, 1, 1, 1, 1, 1, 1, 1])
+VALUES = by_name([1.1, 3.0, 40.0, 45.0, 5.0, 1.8, 14.0, 6.0, 0.08, 7_000.0])
+SLOWER = VALUES | {"hbm_read_factor": 1.05 * VALUES["hbm_read_factor"]}
 LLAMA = "20260217-155451-llama-2-7b-tp1-codegen"
 CODELLAMA = "20260218-150304-codellama-34b-tp2-general"
 SUM = next(form for form in FORMS if form.name == "sum_weights_gemm")
@@ -41,15 +40,10 @@ def simulated(experiment):
     """The experiment, shortened, with what a simulation measures in place of what clients did."""
     stages = tuple(LoadStage(s.rate, 100.0) for s in experiment.workload.stages)
     experiment = replace(experiment, workload=replace(experiment.workload, stages=stages))
-    clock = physical_clock(
-        THETA[:9],
-        experiment.architecture,
-        experiment.accelerator,
-        experiment.server,
-        tensor_parallel=experiment.tensor_parallel,
-    )
+    step_time = compile_physical(VALUES, experiment.deployment)
     requests = experiment.workload.requests("poisson", seed=3)
-    result = simulate(requests, experiment.server, clock, timeout_s=300.0, api_before_us=THETA[9]).request_table()
+    api_us = VALUES["api_before_us"]
+    result = simulate(requests, experiment.server, step_time, timeout_s=300.0, api_before_us=api_us).request_table()
     columns = {
         "experiment_id": experiment.experiment_id,
         "index": np.arange(len(result)),
@@ -69,19 +63,19 @@ def known():
     return prepare_runs(own), request_level(decode_intervals(table, chosen), own)
 
 
-def variant(theta, *models, form=SHIPPED):
-    return Fitted("ours", "", theta.size, dict.fromkeys(models or ("llama-2-7b", "codellama-34b"), theta), form)
+def variant(values, *models, form=SHIPPED):
+    return Fitted("ours", "", len(values), dict.fromkeys(models or ("llama-2-7b", "codellama-34b"), values), form)
 
 
 def test_the_truth_has_no_error_and_a_slower_memory_has_one(known):
-    right, wrong = (errors_of(variant(theta), *known) for theta in (THETA, SLOWER))
+    right, wrong = (errors_of(variant(values), *known) for values in (VALUES, SLOWER))
     assert right[["e2e_percent", "ttft_percent", "tpot_percent", "completed_percent"]].abs().max().max() < 0.05
     assert (wrong["e2e_percent"] > 1).all()
 
 
 def test_test_part_and_whole_run_are_judged_as_the_default_is(known):
     runs, level = known
-    comparisons, ours = evaluate(runs, SLOWER, "ours"), errors_of(variant(SLOWER), runs, level)
+    comparisons, ours = compare_runs(runs, SLOWER, "ours"), errors_of(variant(SLOWER), runs, level)
     for split in ("test", "whole"):
         theirs = errors_by_run(comparisons, runs, split).set_index("experiment_id")
         mine = ours[ours["split"] == split].set_index("experiment_id").reindex(theirs.index)
@@ -93,7 +87,7 @@ def test_test_part_and_whole_run_are_judged_as_the_default_is(known):
 
 def test_training_validation_and_test_share_the_completions(known):
     run = known[0][0]
-    e2e, ttft = run_latencies_s(run, THETA)
+    e2e, ttft = run_latencies_s(run, VALUES)
     lost = np.where(np.arange(e2e.size) < e2e.size // 2, np.nan, e2e)
     errors = split_errors(run, lost, ttft)
     assert errors["train"]["completed_percent"] == pytest.approx(-100 * 0.5 / 0.6, abs=0.2)
@@ -102,14 +96,14 @@ def test_training_validation_and_test_share_the_completions(known):
 
 def test_without_requests_nothing_can_be_judged(known):
     run = known[0][0]
-    e2e, ttft = run_latencies_s(run, THETA)
+    e2e, ttft = run_latencies_s(run, VALUES)
     with pytest.raises(InputError, match="are not at hand"):
         split_errors(replace(run, experiment=replace(run.experiment, requests=None)), e2e, ttft)
 
 
 def test_numbers_of_one_model_predict_no_other(known):
     with pytest.raises(InputError, match="no numbers for `codellama-34b`; it was fitted to llama-2-7b"):
-        errors_of(variant(THETA, "llama-2-7b"), *known)
+        errors_of(variant(VALUES, "llama-2-7b"), *known)
 
 
 def test_a_model_alone_learns_what_its_runs_tell_and_no_more(known):
@@ -148,27 +142,29 @@ def test_a_summary_leaves_out_what_did_not_complete():
 
 def test_phases_with_the_same_numbers_are_the_global_model(known):
     runs, level = known
-    same = np.concatenate([SLOWER[:9], SLOWER[[AT["hbm_read_factor"], AT["request_us"]]], SLOWER[9:]])
+    same = SLOWER | {"mixed_hbm_read_factor": SLOWER["hbm_read_factor"], "mixed_request_us": SLOWER["request_us"]}
     theirs, ours = errors_of(variant(SLOWER), runs, level), errors_of(variant(same, form=PHASES), runs, level)
-    pd.testing.assert_frame_equal(theirs, ours)
+    pd.testing.assert_frame_equal(theirs, ours, rtol=1e-9)
 
 
 @pytest.mark.parametrize("prefill", [[], [120]])
-def test_the_clock_of_phases_is_its_form(prefill):
+def test_the_step_time_of_phases_is_its_form(prefill):
     experiment = next(e for e in load_experiments() if e.experiment_id == CODELLAMA)
-    theta = np.concatenate([THETA[:9], [1.4, 25.0]])
+    values = VALUES | {"mixed_hbm_read_factor": 1.4, "mixed_request_us": 25.0}
     chunk = np.array(prefill, dtype=np.int32)
     batch = StepBatch(chunk, chunk + 32, np.full(40, 500, dtype=np.int32), 0)
-    about = (batch, experiment.architecture, experiment.accelerator)
-    rows = batch_features(*about, tensor_parallel=2)
-    clock, base = phase_clock(theta, experiment), clock_of(variant(THETA), experiment)
-    change = PHASES.predict_us(theta, rows)[0] - SHIPPED.predict_us(theta[:9], rows)[0]
-    prefilled = len(prefill) * (theta[10] - theta[AT["request_us"]])  # costs as elsewhere on the clock
-    assert sum(clock(batch).values()) - sum(base(batch).values()) == pytest.approx(change - prefilled, abs=1e-6)
+    rows = batch_features(batch, experiment.deployment)
+    phases, base = (
+        compile_variant(variant(values, form=PHASES), experiment),
+        compile_variant(variant(VALUES), experiment),
+    )
+    change = PHASES.predict_us(values, rows)[0] - SHIPPED.predict_us(values, rows)[0]
+    prefilled = len(prefill) * (values["mixed_request_us"] - values["request_us"])  # costs as elsewhere once compiled
+    assert sum(phases(batch).values()) - sum(base(batch).values()) == pytest.approx(change - prefilled, abs=1e-6)
     assert (change > 0) == bool(prefill)
 
 
-def made_level(form, theta):
+def made_level(form, values):
     """Intervals of a form on invented batches of all 16 servers, without noise."""
     rows, parts = [], []
     rng = np.random.default_rng(5)
@@ -177,9 +173,7 @@ def made_level(form, theta):
         batch = rng.integers(2, 128, n).astype(float)
         parts.append(
             physical_features(
-                e.architecture,
-                e.accelerator,
-                tensor_parallel=e.tensor_parallel,
+                e.deployment,
                 decode_requests=batch,
                 kv_tokens=batch * rng.integers(300, 1500, n),
                 prefill_requests=rng.uniform(0, 0.4, n),
@@ -190,19 +184,19 @@ def made_level(form, theta):
         rows.append(pd.DataFrame({**about, "split": np.where(np.arange(n) < 120, "train", "valid")}))
     features = PhysicalFeatures.joined(parts)
     return RequestLevel(
-        pd.concat(rows, ignore_index=True).assign(interval_us=form.predict_us(theta, features)), features
+        pd.concat(rows, ignore_index=True).assign(interval_us=form.predict_us(values, features)), features
     )
 
 
 def test_the_form_that_made_the_data_is_the_one_supported():
-    table, values = compare_forms(made_level(SUM, THETA[:9]), (SHIPPED, SUM))
+    table, values = compare_forms(made_level(SUM, VALUES), (SHIPPED, SUM))
     assert table.set_index("form").loc[SUM.name, "verdict"] == SUPPORTED
     found = values[values["form"] == SUM.name].set_index("name")["value"]
     assert found["layer_us"] == pytest.approx(40.0, rel=0.05)
 
 
 def test_no_alternative_is_supported_on_data_of_the_shipped_form():
-    table, _ = compare_forms(made_level(SHIPPED, THETA[:9]))
+    table, _ = compare_forms(made_level(SHIPPED, VALUES))
     verdicts = table.set_index("form")["verdict"]
     assert SUPPORTED not in set(verdicts)
     assert verdicts["sum_weights_gemm"] == "contradicted"
@@ -212,7 +206,9 @@ def test_no_alternative_is_supported_on_data_of_the_shipped_form():
 def test_the_shipped_form_is_fitted_as_the_request_level_is(known):
     level = known[1]
     train = level.subset((level.rows["split"] == "train").to_numpy())
-    assert fit_form(SHIPPED, train).theta == pytest.approx(calibrate(level=train).theta[:9], rel=0.05)
+    whole = calibrate(level=train).values
+    for name, value in fit_form(SHIPPED, train).values.items():
+        assert value == pytest.approx(whole[name], rel=0.05), name
     with pytest.raises(InputError, match="no request to fit"):
         fit_form(SHIPPED, level.subset(np.zeros(len(level.rows), dtype=bool)))
 
@@ -239,7 +235,7 @@ def test_summaries_are_enough_to_calibrate():
     own = [run for run in runs if run.experiment.experiment_id == LLAMA]
     fitted = calibrate(runs=own)
     assert fitted.level == "workload"
-    e2e, _ = run_latencies_s(own[0], fitted.theta)
+    e2e, _ = run_latencies_s(own[0], fitted.values)
     assert e2e.mean() == pytest.approx(known[LLAMA, -1, "e2e", "mean"] / 1e3, rel=0.02)
 
 

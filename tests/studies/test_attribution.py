@@ -5,6 +5,7 @@ import pandas as pd
 import pytest
 
 from stepcal.step_time.physical import physical_features
+from stepcal.step_time.physical_parameters import STEP_PARAMETERS, by_name
 from stepcal.studies import attribution as a
 from stepcal.studies import registry as studies
 from stepcal.studies.published_runs import load_experiments
@@ -30,14 +31,12 @@ def labelled(n=200, theta=(1.05, 1.1, 50, 30, 4, 2, 10, 9, 3000)):
         )
         parts.append(
             physical_features(
-                e.architecture,
-                e.accelerator,
-                tensor_parallel=e.tensor_parallel,
+                e.deployment,
                 decode_requests=batch,
                 kv_tokens=rows["kv_tokens"],
             )
         )
-        tables.append(rows.assign(interval_us=a.PhysicalModel().predict_us(np.array(theta), parts[-1])))
+        tables.append(rows.assign(interval_us=a.PhysicalModel().predict_us(by_name(theta, STEP_PARAMETERS), parts[-1])))
     return a._labelled(pd.concat(tables, ignore_index=True), a.PhysicalFeatures.joined(parts), RUNS)
 
 

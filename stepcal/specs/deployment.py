@@ -1,0 +1,88 @@
+"""A deployment: which model runs on which GPU, over how many ranks, under which limits of the server."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from stepcal.errors import InputError
+from stepcal.simulator.config import ServerConfig
+from stepcal.specs.architecture import ModelArchitecture
+from stepcal.specs.hardware import Accelerator
+
+DEFAULT_BLOCK_SIZE = 16
+"""Tokens of a KV block where no server is named: vLLM's default."""
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """A model on a GPU, over some tensor-parallel ranks, with or without the limits of its server.
+
+    It checks itself once; whoever takes a deployment need not check its parts again.
+
+    Parameters
+    ----------
+    architecture : ModelArchitecture
+    accelerator : Accelerator
+    tensor_parallel : int
+        Ranks that share each layer.
+    server : ServerConfig, optional
+        Scheduler limits. The work of a single step needs none; a simulation does.
+
+    Raises
+    ------
+    InputError
+        If `tensor_parallel` does not divide the attention heads.
+
+    Examples
+    --------
+    >>> from stepcal.specs.architecture import load_architecture
+    >>> from stepcal.specs.hardware import load_accelerator
+    >>> served = Deployment(load_architecture("llama-2-70b"), load_accelerator("h100-sxm"), tensor_parallel=4)
+    >>> served.block_size
+    16
+    """
+
+    architecture: ModelArchitecture
+    accelerator: Accelerator
+    tensor_parallel: int = 1
+    server: ServerConfig | None = None
+
+    def __post_init__(self) -> None:
+        self.architecture.check_tensor_parallel(self.tensor_parallel)
+
+    @property
+    def limits(self) -> ServerConfig:
+        """The server's limits.
+
+        Raises
+        ------
+        InputError
+            If the deployment names no server.
+        """
+        if self.server is None:
+            raise InputError(
+                f"The deployment of `{self.architecture.name}` names no `server`, and a simulation needs its limits. "
+                "Give it a `ServerConfig`."
+            )
+        return self.server
+
+    @property
+    def block_size(self) -> int:
+        """Tokens of a KV block."""
+        return DEFAULT_BLOCK_SIZE if self.server is None else self.server.block_size
+
+    @property
+    def offload_blocks(self) -> int:
+        """KV blocks of the offload pool, 0 without one."""
+        return 0 if self.server is None else self.server.offload_blocks
+
+    def with_server(self, **changes: Any) -> Deployment:
+        """Return the same deployment with some of its server's limits changed.
+
+        Raises
+        ------
+        InputError
+            If it names no server, or a limit is out of bounds.
+        """
+        return replace(self, server=replace(self.limits, **changes))
