@@ -60,7 +60,8 @@ def main() -> None:
         spent = time.process_time() - began
     peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print(
-        f"{size / 1e9:.2f} GB, {manifest['requests']:,} requests: {size / 1e6 / spent:.0f} MB/s of one core, {peak_mb:.0f} MiB peak"
+        f"{size / 1e9:.2f} GB, {manifest['requests']:,} requests: {size / 1e6 / spent:.0f} MB/s of one core, "
+        f"{peak_mb:.0f} MiB peak"
     )
 
 

@@ -64,13 +64,12 @@ def checked_mapping(columns: Mapping[Any, Any], source: str) -> dict[str, dict[s
             or not isinstance(own, dict)
             or not isinstance(own.get("column"), str)
         ):
-            raise InputError(
-                f"{source}: `{name}: {setting!r}` names no column of the table. Ours: {_known()}."
-            )
+            raise InputError(f"{source}: `{name}: {setting!r}` names no column of the table. Ours: {_known()}.")
         unit = own.get("unit")
         if name in _TIMES and (unit not in SECONDS or (unit == "datetime" and name != "sent")):
             raise InputError(
-                f"{source}: `{name}` has the unit {unit!r}; a time needs one of {', '.join(SECONDS)} (`datetime` for `sent`)."
+                f"{source}: `{name}` has the unit {unit!r}; a time needs one of {', '.join(SECONDS)} "
+                "(`datetime` for `sent`)."
             )
         result[str(name)] = own
     missing = [n for n in NEEDED if n not in result]
