@@ -6,15 +6,19 @@ that does not hold, 2 bad input.
 
 from __future__ import annotations
 
+import logging
+import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import pandas as pd
 import typer
 
 from stepcal.cli.ingest import ingest
 from stepcal.cli.output import Json, emit, reports_errors
 from stepcal.files import refuse_unwritable
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 app = typer.Typer(
     help="How long does one step of an LLM server take? Fit step-time models to traces, judge them by frozen rules.",
@@ -22,6 +26,15 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+@app.callback()
+def _messages() -> None:
+    """Show the package's own messages, on standard error."""
+    log = logging.getLogger("stepcal")
+    log.setLevel(logging.INFO)
+    log.handlers = [logging.StreamHandler(sys.stderr)]
+
 
 Data = Annotated[
     Path | None,
@@ -353,7 +366,7 @@ def download() -> None:
     Afterwards every command finds them there, and STEPCAL_DATA need not be set.
     """
     from stepcal.datasets import load_requests, load_steps, load_xgboost_predictions
-    from stepcal.datasets.catalogue import cache_folder
+    from stepcal.locations import cache_folder
 
     for load in (load_steps, load_xgboost_predictions, load_requests):
         typer.echo(f"{load.__name__.removeprefix('load_')}: {len(load(download=True)):,} rows", err=True)

@@ -6,13 +6,8 @@ import io
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
-import pyarrow as pa
-import pyarrow.parquet as pq
-
-from stepcal.datasets import read_requests_parquet
 from stepcal.errors import InputError
 from stepcal.files import refuse_unwritable, write_bytes_atomically
 from stepcal.simulator import RequestList, ServerConfig, SimulationResult, read_workload, replay_requests, simulate
@@ -21,6 +16,9 @@ from stepcal.specs.deployment import Deployment
 from stepcal.specs.hardware import load_accelerator
 from stepcal.specs.kv_offloading import offload_blocks
 from stepcal.step_time.coefficients import load_coefficients
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 SHOW_PROGRESS_ABOVE = 100_000
 """Requests above which a run lasts long enough for a progress bar."""
@@ -127,6 +125,8 @@ def _requests(options: SimulateOptions) -> tuple[RequestList, float, str]:
             raise InputError("`--workload` is missing.")
         name = _run_name(options.workload)
         return workload.requests(options.arrivals, cv=options.cv, seed=options.seed), timeout_s, name
+    from stepcal.datasets import read_requests_parquet
+
     table = read_requests_parquet(options.requests)
     return replay_requests(_one_experiment(table, options), workload), timeout_s, str(table["experiment_id"].iloc[0])
 
@@ -153,6 +153,9 @@ def _write_steps(
     result: SimulationResult, options: SimulateOptions, architecture: ModelArchitecture, name: str
 ) -> None:
     """Write the step table with the columns that a real trace has."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     table = result.step_table()
     if not table.num_rows:
         raise InputError(
