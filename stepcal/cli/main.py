@@ -108,8 +108,8 @@ def verdict(
         Path | None,
         typer.Option(
             "--experiments",
-            help="Folder of experiments in the public layout; for h3, of the new runs to judge. Default: STEPCAL_DATA; h3 "
-            "is not evaluated without one.",
+            help="Folder of experiments in the public layout; for h3, of the new runs to judge. Default: STEPCAL_DATA; for "
+            "h3 the 31 runs of data/transfer.",
         ),
     ] = None,
     published: Annotated[
