@@ -39,6 +39,9 @@ def shown(value: object) -> str:
     >>> shown("llama"), shown([0] * 1000)
     ("'llama'", '[0, 0, 0, 0, ...]')
     """
+    item = getattr(value, "item", None)
+    if callable(item) and getattr(value, "shape", None) == ():  # a NumPy scalar
+        value = item()
     if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 10**_MOST_DIGITS:
         return f"a whole number of more than {_MOST_DIGITS} digits"
     return _SHOWN.repr(value)

@@ -6,19 +6,16 @@ that does not hold, 2 bad input.
 
 from __future__ import annotations
 
-import logging
-import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
+import pandas as pd
 import typer
 
 from stepcal.cli.ingest import ingest
 from stepcal.cli.output import Json, emit, reports_errors
+from stepcal.cli.simulate_command import simulate
 from stepcal.files import refuse_unwritable
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 app = typer.Typer(
     help="How long does one step of an LLM server take? Fit step-time models to traces, judge them by frozen rules.",
@@ -26,15 +23,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-
-
-@app.callback()
-def _messages() -> None:
-    """Show the package's own messages, on standard error."""
-    log = logging.getLogger("stepcal")
-    log.setLevel(logging.INFO)
-    log.handlers = [logging.StreamHandler(sys.stderr)]
-
 
 Data = Annotated[
     Path | None,
@@ -108,8 +96,8 @@ def verdict(
         Path | None,
         typer.Option(
             "--experiments",
-            help="Folder of experiments in the public layout; for h3, of the new runs to judge. Default: STEPCAL_DATA; for "
-            "h3 the 31 runs of data/transfer.",
+            help="Folder of experiments in the public layout; for h3, of the new runs to judge. Default: STEPCAL_DATA; h3 "
+            "is not evaluated without one.",
         ),
     ] = None,
     published: Annotated[
@@ -156,118 +144,6 @@ def verdict(
         json_out,
         f"{judged.report()}\n  Evidence: {provenance.brief()}.",
     )
-
-
-@app.command()
-@reports_errors
-def simulate(
-    architecture: Annotated[
-        str,
-        typer.Option("--architecture", help="Path of a HuggingFace config.json, or the name of a model that ships."),
-    ],
-    kv_blocks: Annotated[
-        int, typer.Option("--kv-blocks", help="KV blocks of the server, as vLLM logs them (num_gpu_blocks).")
-    ],
-    coefficients: Annotated[
-        str, typer.Option("--coefficients", help="default, global9, phase16, model36, or a coefficient file.")
-    ],
-    accelerator: Annotated[str, typer.Option("--accelerator", help="GPU, by name.")] = "h100-sxm",
-    tp: Annotated[int, typer.Option("--tp", help="Tensor-parallel degree.")] = 1,
-    max_num_seqs: Annotated[int, typer.Option("--max-num-seqs", help="Most requests that run at once.")] = 128,
-    max_num_batched_tokens: Annotated[
-        int, typer.Option("--max-num-batched-tokens", help="Token budget of a step.")
-    ] = 2048,
-    max_model_len: Annotated[int, typer.Option("--max-model-len", help="Longest request, prompt and output.")] = 4096,
-    block_size: Annotated[int, typer.Option("--block-size", help="Tokens of a KV block.")] = 16,
-    prefix_caching: Annotated[
-        bool, typer.Option("--enable-prefix-caching/--no-enable-prefix-caching", help="Reuse cached prompt blocks.")
-    ] = True,
-    async_scheduling: Annotated[
-        bool, typer.Option("--async-scheduling/--no-async-scheduling", help="Schedule a step while the last one runs.")
-    ] = True,
-    kv_offloading_gib: Annotated[
-        float,
-        typer.Option("--kv-offloading-gib", help="`kv_offloading_size`: pool for KV in CPU memory, 0 for none."),
-    ] = 0.0,
-    workload: Annotated[
-        Path | None, typer.Option("--workload", help="inference-perf profile.yaml or results/config.yaml.")
-    ] = None,
-    requests: Annotated[
-        Path | None,
-        typer.Option("--requests", help="Replay this request table (parquet) instead of generating arrivals."),
-    ] = None,
-    experiment: Annotated[
-        str | None, typer.Option("--experiment", help="Which experiment of the request table to replay.")
-    ] = None,
-    arrivals: Annotated[str, typer.Option("--arrivals", help="poisson, constant or gamma (with --cv).")] = "poisson",
-    cv: Annotated[float | None, typer.Option("--cv", help="Coefficient of variation of gamma arrivals.")] = None,
-    timeout_s: Annotated[
-        float | None,
-        typer.Option("--timeout-s", help="How long a client waits. Default: as the workload says."),
-    ] = None,
-    api_before_us: Annotated[
-        float | None,
-        typer.Option("--api-before-us", help="Time from client to engine. Default: as the coefficients say, or 0."),
-    ] = None,
-    api_after_us: Annotated[
-        float | None,
-        typer.Option("--api-after-us", help="Time from engine to client. Default: as the coefficients say, or 0."),
-    ] = None,
-    steps: Annotated[Path | None, typer.Option("--steps", help="Write the step table to this parquet file.")] = None,
-    steps_fraction: Annotated[
-        float, typer.Option("--steps-fraction", help="Share of steps to keep in it, drawn from the seed.")
-    ] = 1.0,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Of arrivals and of the sample of steps.")] = 0,
-    json_out: Json = None,
-) -> None:
-    """Serve a workload as vLLM 0.15.1 would and report latencies, per load stage and overall.
-
-    Example: stepcal simulate --architecture config.json --tp 2 --kv-blocks 26602 --workload profile.yaml
-    --coefficients default --json -
-    """
-    from tqdm import tqdm
-
-    from stepcal.cli.simulate import SimulateOptions, run_simulation, summary_text
-    from stepcal.simulator import ServerConfig
-
-    if json_out not in (None, "-"):
-        refuse_unwritable(Path(json_out))
-    server = ServerConfig(
-        kv_blocks=kv_blocks,
-        max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=max_num_batched_tokens,
-        max_model_len=max_model_len,
-        block_size=block_size,
-        enable_prefix_caching=prefix_caching,
-        async_scheduling=async_scheduling,
-    )
-    options = SimulateOptions(
-        architecture=architecture,
-        accelerator=accelerator,
-        tensor_parallel=tp,
-        server=server,
-        kv_offloading_gib=kv_offloading_gib,
-        workload=workload,
-        requests=requests,
-        experiment=experiment,
-        coefficients=coefficients,
-        arrivals=arrivals,
-        cv=cv,
-        seed=seed,
-        timeout_s=timeout_s,
-        api_before_us=api_before_us,
-        api_after_us=api_after_us,
-        steps=steps,
-        steps_fraction=steps_fraction,
-    )
-    with tqdm(unit=" requests", unit_scale=True, disable=None, leave=False) as bar:
-
-        def show(ended: int, total: int) -> None:
-            bar.total = total
-            bar.update(ended - bar.n)
-
-        summary = run_simulation(options, show).summary()
-    emit(summary, json_out, summary_text(summary))
 
 
 @app.command()
@@ -366,7 +242,7 @@ def download() -> None:
     Afterwards every command finds them there, and STEPCAL_DATA need not be set.
     """
     from stepcal.datasets import load_requests, load_steps, load_xgboost_predictions
-    from stepcal.locations import cache_folder
+    from stepcal.datasets.catalogue import cache_folder
 
     for load in (load_steps, load_xgboost_predictions, load_requests):
         typer.echo(f"{load.__name__.removeprefix('load_')}: {len(load(download=True)):,} rows", err=True)
@@ -418,6 +294,7 @@ def _estimate(estimate: Any) -> dict[str, Any]:
 
 
 app.command()(reports_errors(ingest))
+app.command()(reports_errors(simulate))
 
 if __name__ == "__main__":
     app()

@@ -6,19 +6,20 @@ import io
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from stepcal.cli.served_load import LoadOptions, served_load, with_rejected
 from stepcal.errors import InputError
 from stepcal.files import refuse_unwritable, write_bytes_atomically
-from stepcal.simulator import RequestList, ServerConfig, SimulationResult, read_workload, replay_requests, simulate
+from stepcal.simulator import ServerConfig, SimulationResult, simulate
 from stepcal.specs.architecture import ModelArchitecture, resolve_architecture
 from stepcal.specs.deployment import Deployment
 from stepcal.specs.hardware import load_accelerator
 from stepcal.specs.kv_offloading import offload_blocks
 from stepcal.step_time.coefficients import load_coefficients
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 SHOW_PROGRESS_ABOVE = 100_000
 """Requests above which a run lasts long enough for a progress bar."""
@@ -35,22 +36,22 @@ class SimulateOptions:
     tensor_parallel: int
     server: ServerConfig
     kv_offloading_gib: float
-    workload: Path | None
-    requests: Path | None
-    experiment: str | None
+    load: LoadOptions
     coefficients: str
-    arrivals: str
-    cv: float | None
     seed: int
-    timeout_s: float | None
     api_before_us: float | None
     api_after_us: float | None
     steps: Path | None
     steps_fraction: float
 
 
-def run_simulation(options: SimulateOptions, on_progress: Progress | None = None) -> SimulationResult:
+def run_simulation(options: SimulateOptions, on_progress: Progress | None = None) -> dict[str, Any]:
     """Simulate, and write the step table where one was asked for.
+
+    Returns
+    -------
+    dict
+        The summary in the JSON shape of ``stepcal simulate``, with `notes` where there is something to know.
 
     Raises
     ------
@@ -63,28 +64,30 @@ def run_simulation(options: SimulateOptions, on_progress: Progress | None = None
     pool = offload_blocks(architecture, options.kv_offloading_gib, block_size=options.server.block_size)
     server = replace(options.server, offload_blocks=pool)
     coefficients = load_coefficients(options.coefficients)
-    if options.experiment is not None:
-        coefficients = coefficients.of_experiment(options.experiment)
+    if options.load.experiment is not None:
+        coefficients = coefficients.of_experiment(options.load.experiment)
     deployment = Deployment(architecture, load_accelerator(options.accelerator), options.tensor_parallel, server)
     step_time = coefficients.compile(deployment)
-    requests, timeout_s, name = _requests(options)
+    load = served_load(options.load, server)
     learned = {"api_before_us": 0.0, "api_after_us": 0.0} | coefficients.api_overheads_us()
     before_us, after_us = options.api_before_us, options.api_after_us
     result = simulate(
-        requests,
+        load.requests,
         server,
         step_time,
-        timeout_s=timeout_s if options.timeout_s is None else options.timeout_s,
+        clients=load.clients,
+        timeout_s=load.timeout_s,
         api_before_us=learned["api_before_us"] if before_us is None else before_us,
         api_after_us=learned["api_after_us"] if after_us is None else after_us,
         record_steps=options.steps_fraction if options.steps else None,
         seed=options.seed,
-        experiment_id=name,
-        on_progress=on_progress if len(requests) > SHOW_PROGRESS_ABOVE else None,
+        experiment_id=load.name,
+        on_progress=on_progress if len(load.requests) > SHOW_PROGRESS_ABOVE else None,
     )
     if options.steps:
-        _write_steps(result, options, architecture, name)
-    return result
+        _write_steps(result, options, architecture, load.name)
+    notes = [*architecture.notes, *load.notes]
+    return {**with_rejected(result.summary(), load.rejected), **({"notes": notes} if notes else {})}
 
 
 def summary_text(summary: dict[str, Any]) -> str:
@@ -105,57 +108,14 @@ def summary_text(summary: dict[str, Any]) -> str:
         f"{summary['steps']:,} steps, {summary['preemptions']:,} preemptions, {summary['simulated_s']:,.1f} s simulated in "
         f"{summary['wall_s']:.2f} s"
     )
+    lines += [f"Note: {note}" for note in summary.get("notes", ())]
     return "\n".join(lines)
-
-
-def _requests(options: SimulateOptions) -> tuple[RequestList, float, str]:
-    """Return the requests, the client's timeout, and a name for the run."""
-    if options.workload is None and options.requests is None:
-        raise InputError(
-            "Neither `--workload` nor `--requests` was given: there is nothing to serve. Give one, or both."
-        )
-    if options.workload is not None and not options.workload.is_file():
-        raise InputError(
-            f"No workload at {options.workload}. Give an inference-perf profile.yaml or results/config.yaml."
-        )
-    workload = None if options.workload is None else read_workload(options.workload)
-    timeout_s = float("inf") if workload is None else workload.timeout_s
-    if options.requests is None:
-        if workload is None:
-            raise InputError("`--workload` is missing.")
-        name = _run_name(options.workload)
-        return workload.requests(options.arrivals, cv=options.cv, seed=options.seed), timeout_s, name
-    from stepcal.datasets import read_requests_parquet
-
-    table = read_requests_parquet(options.requests)
-    return replay_requests(_one_experiment(table, options), workload), timeout_s, str(table["experiment_id"].iloc[0])
-
-
-def _run_name(workload: Path | None) -> str:
-    """Name of the run that a workload file belongs to: its folder, or the one above ``results``."""
-    folders = [] if workload is None else [p.name for p in workload.resolve().parents if p.name not in ("results", "")]
-    return folders[0] if folders else "simulated"
-
-
-def _one_experiment(table: pd.DataFrame, options: SimulateOptions) -> pd.DataFrame:
-    names = table["experiment_id"].astype(str).unique().tolist()
-    wanted = options.experiment or (names[0] if len(names) == 1 else None)
-    if wanted is None:
-        raise InputError(
-            f"{options.requests} holds {len(names)} experiments; name one with `--experiment`: {', '.join(names)}."
-        )
-    if wanted not in names:
-        raise InputError(f"{options.requests} has no experiment `{wanted}`. It holds: {', '.join(names)}.")
-    return table[table["experiment_id"].astype(str) == wanted].reset_index(drop=True)
 
 
 def _write_steps(
     result: SimulationResult, options: SimulateOptions, architecture: ModelArchitecture, name: str
 ) -> None:
     """Write the step table with the columns that a real trace has."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     table = result.step_table()
     if not table.num_rows:
         raise InputError(

@@ -6,8 +6,8 @@ output are re-tokenised text, and its token intervals count stream events, of wh
 
 from __future__ import annotations
 
-import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,27 +15,32 @@ import numpy as np
 import pandas as pd
 
 from stepcal.datasets.schemas import validate_requests
-from stepcal.errors import InputError
+from stepcal.documents import read_json
+from stepcal.errors import InputError, shown
 from stepcal.units import MS_PER_S, US_PER_S
 
 WHOLE_RUN = -1
 """Stage number of figures over all stages of a run."""
-
-
-STATISTICS = {"mean": "mean", "median": "p50", "p90": "p90", "p99": "p99"}
+MEAN = "mean"
+QUANTILES = {"median": "p50", "p50": "p50", "p90": "p90", "p99": "p99"}
+"""Statistics by their names in the files; since release 0.4 a run can leave out any quantile."""
 LATENCIES = {
     "request_latency": "e2e",
     "time_to_first_token": "ttft",
     "inter_token_latency": "itl",
     "time_per_output_token": "tpot",
 }
-LENGTHS = {"prompt_len": "prompt_len", "output_len": "output_len"}
+LENGTHS = {"prompt_len": ("prompt_len", "prompt_tokens"), "output_len": ("output_len", "output_tokens")}
+"""Names of lengths, the second since August 2026."""
 THROUGHPUTS = {
     "requests_per_sec": ("requests", "request/s"),
     "input_tokens_per_sec": ("input_tokens", "token/s"),
     "output_tokens_per_sec": ("output_tokens", "token/s"),
     "total_tokens_per_sec": ("total_tokens", "token/s"),
 }
+INFO_SECTIONS = ("request_info", "response_info", "request_metrics", "response_metrics")
+_MOST = 1e15
+_MOST_KEYS_SHOWN = 20
 _STAGE_NAME = re.compile(r"stage_(\d+)_lifecycle_metrics\.json$")
 _WHOLE_RUN_NAME = re.compile(r"summary_lifecycle_metrics\.json$")
 
@@ -72,12 +77,11 @@ def read_lifecycle_summary(path: Path | str, *, stage: int | None = None) -> pd.
     ]
     if completed:
         for key, metric in LATENCIES.items():
-            for theirs, ours in STATISTICS.items():
-                seconds = document.number("successes", "latency", key, theirs)
-                rows.append((metric, ours, None if seconds is None else seconds * MS_PER_S, "ms"))
-        for key, metric in LENGTHS.items():
-            for theirs, ours in STATISTICS.items():
-                rows.append((metric, ours, document.number("successes", key, theirs), "token"))
+            values = document.statistics("successes", "latency", key)
+            rows += [(metric, name, value * MS_PER_S, "ms") for name, value in values.items()]
+        for metric, keys in LENGTHS.items():
+            values = document.statistics("successes", document.first_of(keys, "successes"))
+            rows += [(metric, name, value, "token") for name, value in values.items()]
         for key, (statistic, unit) in THROUGHPUTS.items():
             rows.append(("throughput", statistic, document.number("successes", "throughput", key), unit))
     frame = pd.DataFrame(rows, columns=["metric", "statistic", "value", "unit"]).dropna(subset=["value"])
@@ -137,7 +141,7 @@ def read_lifecycle_per_request(path: Path | str, *, experiment_id: str) -> pd.Da
         If the file is absent, not JSON, of another layout (the entry and its keys are named), or breaks the schema.
     """
     path = Path(path)
-    entries = _json(path)
+    entries = read_json(path, what="file of inference-perf")
     if not isinstance(entries, list) or not entries:
         raise InputError(f"{path}: expected a non-empty JSON list of requests, found {_keys(entries)}.")
     rows = [_request(entry, position, path) for position, entry in enumerate(entries, start=1)]
@@ -156,26 +160,33 @@ def _request(entry: Any, position: int, path: Path) -> dict[str, Any]:
         failed = entry["error"] is not None
         info = entry["info"] or {}
         start, end = float(entry["start_time"]), float(entry["end_time"])
-        times = info.get("output_token_times") or []
-        if not failed:
-            prompt, output = info["input_tokens"], info["output_tokens"]
-        else:
-            prompt, output = info.get("input_tokens") or 0, info.get("output_tokens") or 0
+        if not (abs(start) < _MOST and abs(end) < _MOST):
+            raise ValueError("times must be finite seconds")
+        times = _found(info, "output_token_times") or []
+        prompt, output = _found(info, "input_tokens", "prompt_tokens"), _found(info, "output_tokens")
+        if not failed and (prompt is None or output is None):
+            raise KeyError("input_tokens" if prompt is None else "output_tokens")
         first_token_s = float(times[0]) - start if times else float("nan")
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise InputError(
-            f"{path}, entry {position}: not a request record of inference-perf ({type(error).__name__}: {error}); "
-            f"found {_keys(entry)}. Expected start_time, end_time, info (input_tokens, output_tokens, "
-            "output_token_times) and error."
+            f"{path}, entry {position}: not a request record of inference-perf ({type(error).__name__}: "
+            f"{shown(str(error))}); found {_keys(entry)}. Expected start_time, end_time, info (input_tokens, "
+            "output_tokens, output_token_times, themselves or in `response_info` or `response_metrics`) and error."
         ) from None
     return {
         "start_s": start,
-        "prompt_tokens": prompt,
-        "output_tokens": output,
+        "prompt_tokens": prompt or 0,
+        "output_tokens": output or 0,
         "has_error": failed,
         "e2e_s": end - start,
         "ttft_s": first_token_s,
     }
+
+
+def _found(info: Mapping[str, Any], *names: str) -> Any:
+    """A figure of a request: in `info` itself (to 0.4), in `response_info` (0.5) or in `response_metrics` (from 0.6)."""
+    parts = (info, *(info[k] for k in INFO_SECTIONS if isinstance(info.get(k), Mapping)))
+    return next((part[name] for part in parts for name in names if part.get(name) is not None), None)
 
 
 class _Document:
@@ -183,7 +194,7 @@ class _Document:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._content = _json(path)
+        self._content = read_json(path, what="file of inference-perf")
 
     def number(self, *keys: str) -> float | None:
         node = self._content
@@ -197,9 +208,40 @@ class _Document:
             node = node[key]
         if node is None:
             return None
-        if isinstance(node, bool) or not isinstance(node, int | float):
-            raise InputError(f"{self._path}: `{'.'.join(keys)}` is {node!r}, but must be a number.")
+        is_number = isinstance(node, int | float) and not isinstance(node, bool)
+        if not is_number or not 0 <= node < _MOST:
+            raise InputError(
+                f"{self._path}: `{'.'.join(keys)}` is {shown(node)}, but must be a finite number of at least 0."
+            )
         return float(node)
+
+    def first_of(self, names: tuple[str, ...], *section: str) -> str:
+        """The first of several names that a section has; the first of all if it has none."""
+        node = self._node(*section)
+        return next((name for name in names if isinstance(node, dict) and name in node), names[0])
+
+    def statistics(self, *keys: str) -> dict[str, float]:
+        """Mean and quantiles of a quantity; none where the quantity is null, as latencies of tokens without streaming."""
+        if self._is_null(*keys):
+            return {}
+        found = {MEAN: self.number(*keys, MEAN)}
+        for theirs, ours in QUANTILES.items():
+            if ours not in found and self._has(*keys, theirs):
+                found[ours] = self.number(*keys, theirs)
+        return {name: value for name, value in found.items() if value is not None}
+
+    def _is_null(self, *keys: str) -> bool:
+        return self._has(*keys) and self._node(*keys) is None
+
+    def _has(self, *keys: str) -> bool:
+        parent = self._node(*keys[:-1])
+        return isinstance(parent, dict) and keys[-1] in parent
+
+    def _node(self, *keys: str) -> Any:
+        node: Any = self._content
+        for key in keys:
+            node = node.get(key) if isinstance(node, dict) else None
+        return node
 
     def present(self, *keys: str) -> float:
         value = self.number(*keys)
@@ -208,22 +250,10 @@ class _Document:
         return value
 
 
-def _json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path} cannot be opened: {error.strerror}. Check the path.") from error
-    except json.JSONDecodeError as error:
-        raise InputError(
-            f"{path}, line {error.lineno}: not JSON ({error.msg}). The file is corrupt or cut short: copy it again."
-        ) from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 text ({error.reason}): it is no JSON file.") from error
-
-
 def _keys(node: Any) -> str:
     if isinstance(node, dict):
-        return "an object with " + (", ".join(f"`{key}`" for key in node) or "no keys")
+        names = [f"`{str(key)[:40]}`" for key in list(node)[:_MOST_KEYS_SHOWN]]
+        return "an object with " + (", ".join(names) or "no keys") + (", ..." if len(node) > _MOST_KEYS_SHOWN else "")
     return f"a {type(node).__name__}"
 
 

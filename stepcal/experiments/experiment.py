@@ -89,11 +89,15 @@ class Experiment:
 def run_experiment(
     experiment: Experiment, step_time: AnyStepTime, *, process: str = "replayed", seed: int = 0, **options: Any
 ) -> SimulationResult:
-    """Simulate one experiment with the step time of a model; further options go to `simulate`."""
+    """Simulate one experiment with the step time of a model; further options go to `simulate`.
+
+    Measured arrivals are when the client sent; generated ones wait for its cap and for stages to drain.
+    """
     return simulate(
         experiment.arrivals(process, seed=seed),
         experiment.server,
         step_time,
+        clients=None if process == "replayed" else experiment.workload.clients(),
         timeout_s=experiment.workload.timeout_s,
         **options,
     )

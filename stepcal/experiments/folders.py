@@ -44,6 +44,11 @@ SUMMARY = "summary_lifecycle_metrics.json"
 MISSING_REQUESTS_SHARE = 0.01
 """Share of the requests by which the summary and a table of requests may differ."""
 
+GROWN_FACTOR = 1.5
+"""Median prompts longer than so many first turns are taken for conversations that grew."""
+OUTPUT_FACTOR = 1.5
+"""By how much the measured length of answers may differ from the one asked for without a note: text is tokenised anew."""
+
 
 @dataclass(frozen=True)
 class RefusedRun:
@@ -169,7 +174,7 @@ def _read_run(
     )
     requests, about = _requests(run, shared, measured)
     if requests is None:
-        workload, prompts = _measured_prompts(workload, measured)
+        workload, prompts = _measured_lengths(workload, measured)
         about = [*about, *prompts]
     experiment = Experiment(
         experiment_id=_name(run),
@@ -208,14 +213,33 @@ def _measured(run: Path) -> tuple[pd.DataFrame, Path]:
     return pd.concat([read_lifecycle_summary(file) for file in (summary, *stages)]), results
 
 
-def _measured_prompts(workload: SharedPrefixWorkload, measured: pd.DataFrame) -> tuple[SharedPrefixWorkload, list[str]]:
-    """The workload with prompts as long as the summary says, which generated arrivals would not know, and a note."""
-    lengths = measured[(measured["metric"] == "prompt_len") & (measured["statistic"] == "p50")]
-    whole = lengths.loc[lengths["stage"] == WHOLE_RUN, "value"]
-    longer = workload.with_prompt_len(float(whole.iloc[0])) if len(whole) else workload
-    if longer == workload:
-        return workload, []
-    return longer, [f"Prompts have {longer.prompt_len} tokens, as measured; {workload.prompt_len} were asked for."]
+def _measured_lengths(workload: SharedPrefixWorkload, measured: pd.DataFrame) -> tuple[SharedPrefixWorkload, list[str]]:
+    """The workload with prompts as long as the summary says, which generated arrivals would not know, and notes."""
+    prompt, output = _median(measured, "prompt_len"), _median(measured, "output_len")
+    notes = []
+    if output is not None and not workload.output_len / OUTPUT_FACTOR <= output <= workload.output_len * OUTPUT_FACTOR:
+        notes.append(
+            f"Answers have {output:,.0f} tokens as measured (median); {workload.output_len:,} were asked for, and are "
+            "simulated."
+        )
+    if prompt is None:
+        return workload, notes
+    if workload.multi_turn_chat:
+        if prompt > GROWN_FACTOR * workload.prompt_len:
+            return workload, notes
+        workload = replace(workload, multi_turn_chat=False)
+        notes.append("`enable_multi_turn_chat` was asked for, but the measured prompts do not grow: single turns.")
+    longer = workload.with_prompt_len(prompt)
+    if longer != workload:
+        notes.append(f"Prompts have {longer.prompt_len} tokens, as measured; {workload.prompt_len} were asked for.")
+    return longer, notes
+
+
+def _median(measured: pd.DataFrame, metric: str) -> float | None:
+    """Median of a length over the whole run, None where the summary does not say."""
+    rows = measured[(measured["metric"] == metric) & (measured["statistic"] == "p50")]
+    whole = rows.loc[rows["stage"] == WHOLE_RUN, "value"]
+    return float(whole.iloc[0]) if len(whole) else None
 
 
 def _only(files: Iterable[Path], run: Path) -> Path | None:

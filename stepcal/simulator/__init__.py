@@ -8,9 +8,10 @@ from stepcal.simulator.clients import Clients, stage_starts
 from stepcal.simulator.config import ServerConfig
 from stepcal.simulator.conversations import make_conversations
 from stepcal.simulator.engine import SimulationInterrupted, simulate
-from stepcal.simulator.inference_perf import SharedPrefixWorkload, read_workload
-from stepcal.simulator.replay import replay_requests
+from stepcal.simulator.inference_perf import read_workload
+from stepcal.simulator.replay import replay_requests, replay_trace
 from stepcal.simulator.result import SimulationResult
+from stepcal.simulator.shared_prefix import SharedPrefixWorkload
 from stepcal.simulator.steptime import CompiledStepTime, StepBatch, StepTime
 from stepcal.simulator.workload import RequestList, make_requests
 
@@ -32,6 +33,7 @@ __all__ = [
     "make_requests",
     "read_workload",
     "replay_requests",
+    "replay_trace",
     "simulate",
     "stage_starts",
 ]

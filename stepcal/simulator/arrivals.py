@@ -10,6 +10,8 @@ from stepcal.errors import InputError
 from stepcal.simulator.layout import Int32Array
 from stepcal.units import FloatArray
 
+MOST_REQUESTS = 20_000_000
+"""Requests of a workload that fit into memory: 3 GB at about 150 bytes each."""
 # Coefficient of variation of the gaps between arrivals, by the name of the process.
 PROCESSES = {"constant": 0.0, "poisson": 1.0}
 
@@ -27,7 +29,7 @@ class LoadStage:
     Raises
     ------
     InputError
-        If either is not positive and finite.
+        If either is not positive and finite, or both make more than `MOST_REQUESTS`.
     """
 
     rate: float
@@ -37,11 +39,16 @@ class LoadStage:
         for name, value in (("rate", self.rate), ("duration_s", self.duration_s)):
             if not 0.0 < value < np.inf:
                 raise InputError(f"`{name}` of a load stage is {value}; it must be positive and finite.")
+        if self.rate * self.duration_s > MOST_REQUESTS:
+            raise InputError(
+                f"`rate` times `duration` of a load stage is {self.rate * self.duration_s:.3g} requests; at most "
+                f"{MOST_REQUESTS:,} can be simulated."
+            )
 
     @property
     def n_requests(self) -> int:
-        """Requests sent in this stage; as in inference-perf, rate times duration exactly."""
-        return round(self.rate * self.duration_s)
+        """Requests sent in this stage: as in inference-perf, rate times duration, cut off."""
+        return int(self.rate * self.duration_s)
 
 
 def generate_arrivals(
@@ -49,9 +56,9 @@ def generate_arrivals(
 ) -> tuple[FloatArray, Int32Array]:
     """Arrival times of a load in stages.
 
-    Each stage has exactly ``rate * duration`` requests. Gaps between them are gamma-distributed with the given
-    coefficient of variation, and scaled so that they fill the stage; a coefficient of 1 gives a Poisson process with
-    that number of requests.
+    Each stage has ``rate * duration`` requests, cut off to a whole number. Gaps between them are gamma-distributed with
+    the given coefficient of variation, and scaled so that they fill the stage; a coefficient of 1 gives a Poisson process
+    with that number of requests.
 
     Parameters
     ----------

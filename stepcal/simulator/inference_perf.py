@@ -1,25 +1,29 @@
-"""Workloads of the load generator inference-perf, as asked for (`profile.yaml`) or as run (`results/config.yaml`).
+"""Reads workloads of the load generator inference-perf: as asked for (`profile.yaml`) or as run (`results/config.yaml`).
 
-Only its `shared_prefix` data are modelled: groups of prompts with a common system prompt, which the generator sends
-one after the other, over and over. A field that is not known is refused by name, because ignoring it would simulate
-another workload.
+Its `shared_prefix` data are modelled, in stages of constant, Poisson or closed-loop load. What a field means, and which one
+is refused, stands in `inference_perf_fields`.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
-from stepcal.errors import InputError, NotModelledError
-from stepcal.simulator.arrivals import LoadStage, generate_arrivals
-from stepcal.simulator.workload import RequestList
-from stepcal.units import IntArray
+from stepcal.documents import read_yaml
+from stepcal.errors import InputError, NotModelledError, shown
+from stepcal.simulator.arrivals import LoadStage
+from stepcal.simulator.inference_perf_fields import FIXED, fields_of
+from stepcal.simulator.shared_prefix import SharedPrefixWorkload
 
-# Fields that say something about the workload.
-_SHARED_PREFIX_FIELDS = {
+DEFAULT_INTERVAL_S = 1.0
+DEFAULT_WORKER_CONCURRENCY = 100
+"""What inference-perf takes where the file does not say (``LoadConfig``)."""
+CONCURRENT = "concurrent"
+CLOSED_LOOP_SEND_S = 1.0
+"""A stage of fixed concurrency has all its requests scheduled within a second; its clients send them one by one."""
+_MOST_CLIENTS = 10**9
+_LENGTHS = {
     "num_groups": "n_groups",
     "num_unique_system_prompts": "n_groups",
     "num_prompts_per_group": "n_prompts_per_group",
@@ -28,144 +32,6 @@ _SHARED_PREFIX_FIELDS = {
     "question_len": "question_len",
     "output_len": "output_len",
 }
-# Fields that say nothing about it, and fields that may only have the values given (None: absent).
-_SILENT_SECTIONS = {"report", "storage", "tokenizer", "metrics", "circuit_breakers"}
-_SILENT_LOAD_FIELDS = {
-    "interval",
-    "num_workers",
-    "worker_max_concurrency",
-    "worker_max_tcp_connections",
-    "circuit_breakers",
-}
-_FIXED_FIELDS: dict[str, dict[str, tuple[Any, ...]]] = {
-    "api": {"type": ("completion", "chat"), "streaming": (True, False), "headers": (None,)},
-    "data": {
-        "type": ("shared_prefix",),
-        "path": (None,),
-        "input_distribution": (None,),
-        "output_distribution": (None,),
-    },
-    "load": {"type": ("constant", "poisson"), "sweep": (None,)},
-    "server": {"type": ("vllm",), "ignore_eos": (True,)},
-}
-_MOST_TOKENS = 10**9  # lengths are 32-bit integers
-_SILENT_FIELDS = {
-    "server": {"model_name", "base_url", "api_key"},
-    "load": _SILENT_LOAD_FIELDS,
-    "data": set(),
-    "api": set(),
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class SharedPrefixWorkload:
-    """Groups of prompts that begin with a common system prompt, sent in turns at given rates.
-
-    Parameters
-    ----------
-    n_groups, n_prompts_per_group : int
-        System prompts, and questions asked about each.
-    system_prompt_len, question_len, output_len : int
-        Tokens.
-    stages : tuple of LoadStage
-    timeout_s : float
-        How long the client waits, infinite if the file does not say.
-    multi_turn_chat : bool
-        What the file says of `enable_multi_turn_chat`. The runs of the seed study asked for it, but were run without
-        (their prompts do not grow), so `requests` does not act on it; conversations are made by
-        `workload.make_conversations`.
-    """
-
-    n_groups: int
-    n_prompts_per_group: int
-    system_prompt_len: int
-    question_len: int
-    output_len: int
-    stages: tuple[LoadStage, ...]
-    timeout_s: float = np.inf
-    multi_turn_chat: bool = False
-
-    def __post_init__(self) -> None:
-        for name in ("n_groups", "n_prompts_per_group", "system_prompt_len", "question_len", "output_len"):
-            if getattr(self, name) < 1:
-                raise InputError(
-                    f"`{name}` of a shared-prefix workload is {getattr(self, name)}; it must be at least 1."
-                )
-            if getattr(self, name) > _MOST_TOKENS:
-                raise InputError(
-                    f"`{name}` of a shared-prefix workload is {getattr(self, name)}; it must be at most {_MOST_TOKENS}."
-                )
-        if not self.stages:
-            raise InputError("`load.stages` is empty; a workload needs at least one stage with a rate and a duration.")
-
-    @property
-    def n_prompts(self) -> int:
-        """Different prompts, through which the generator cycles."""
-        return self.n_groups * self.n_prompts_per_group
-
-    @property
-    def prompt_len(self) -> int:
-        """Tokens of a prompt."""
-        return self.system_prompt_len + self.question_len
-
-    def with_prompt_len(self, tokens: float) -> "SharedPrefixWorkload":
-        """The workload with prompts as long as they were measured; the tokeniser makes more of them than was asked for.
-
-        Parameters
-        ----------
-        tokens : float
-            Typical length of a prompt. Shorter than asked for, or not finite, it changes nothing.
-        """
-        longer = round(tokens) - self.prompt_len if np.isfinite(tokens) else 0
-        return replace(self, question_len=self.question_len + longer) if longer > 0 else self
-
-    def segments(self, number: IntArray, prompt_len: IntArray) -> tuple[IntArray, IntArray, IntArray]:
-        """Prompts as segments: a system prompt and a question.
-
-        Parameters
-        ----------
-        number : ndarray of int, shape (n,)
-            Which of the `n_prompts` texts each prompt is.
-        prompt_len : ndarray of int, shape (n,)
-            Its tokens; the question takes what the system prompt leaves.
-
-        Returns
-        -------
-        prompt_start, segment_content, segment_tokens : ndarray of int
-            See `RequestList`. System prompts have the contents 0 to ``n_groups - 1``, questions those after.
-        """
-        content = np.column_stack((number // self.n_prompts_per_group, self.n_groups + number))
-        system = np.minimum(self.system_prompt_len, prompt_len - 1)
-        tokens = np.column_stack((system, prompt_len - system))
-        # A prompt of one token has a question only.
-        is_kept = tokens.reshape(-1) > 0
-        start = np.concatenate(([0], np.cumsum(is_kept.reshape(-1, 2).sum(axis=1))))
-        return start, content.reshape(-1)[is_kept].astype(np.int64), tokens.reshape(-1)[is_kept].astype(np.int64)
-
-    def requests(self, process: str = "poisson", *, cv: float | None = None, seed: int = 0) -> RequestList:
-        """Requests of this workload at generated times.
-
-        Parameters
-        ----------
-        process, cv, seed
-            See `arrivals.generate_arrivals`.
-
-        Returns
-        -------
-        RequestList
-        """
-        arrival_s, stage = generate_arrivals(self.stages, process, cv=cv, seed=seed)
-        n = arrival_s.size
-        start, content, tokens = self.segments(np.arange(self.n_prompts), np.full(self.n_prompts, self.prompt_len))
-        return RequestList(
-            arrival_s=arrival_s,
-            prompt=(np.arange(n) % self.n_prompts).astype(np.int32),
-            prompt_start=start,
-            segment_content=content,
-            segment_tokens=tokens,
-            output_tokens=np.full(n, self.output_len, np.int32),
-            stage=stage,
-        )
 
 
 def read_workload(source: str | Path | Mapping[str, Any]) -> SharedPrefixWorkload:
@@ -187,97 +53,164 @@ def read_workload(source: str | Path | Mapping[str, Any]) -> SharedPrefixWorkloa
     InputError
         If a field is unknown or missing; it is named.
     """
-    document = source if isinstance(source, Mapping) else _parsed(Path(source))
-    if not isinstance(document, Mapping):
-        raise InputError(
-            f"The workload {source} is not a mapping of `data`, `load` and so on, as inference-perf writes it."
-        )
-    _refuse_unknown(document, {"data", "load", "api", "server"} | _SILENT_SECTIONS, "")
+    document = source if isinstance(source, Mapping) else read_yaml(source, what="workload of inference-perf")
+    _check_fields(document, "")
     data, load = _section(document, "data"), _section(document, "load")
-    for section, known in _FIXED_FIELDS.items():
-        fields = _section(document, section)
-        extra = {"data": {"shared_prefix"}, "load": {"stages", "request_timeout"}}.get(section, set())
-        for name, values in known.items():
-            if name in fields and fields[name] not in values:
-                raise NotModelledError(
-                    f"`{section}.{name}: {fields[name]}` is not modelled; it must be one of "
-                    f"{', '.join(map(str, values))}. "
-                    "Requests of any other kind can be given as a table (`replay_requests`)."
-                )
-        _refuse_unknown(fields, set(known) | _SILENT_FIELDS[section] | extra, f"{section}.")
+    _check_fields(_section(document, "api"), "api")
+    _check_fields(_section(document, "server"), "server")
+    _check_fields(data, "data")
+    _check_fields(load, "load")
     shared = _section(data, "shared_prefix", "data.")
     if not shared:
         raise InputError(
             "The workload has no `data.shared_prefix`, the only kind of inference-perf data that is modelled."
         )
-    _refuse_unknown(shared, {*_SHARED_PREFIX_FIELDS, "enable_multi_turn_chat"}, "data.shared_prefix.")
-    lengths = {
-        _SHARED_PREFIX_FIELDS[name]: _whole_number(f"data.shared_prefix.{name}", value)
-        for name, value in shared.items()
-        if name in _SHARED_PREFIX_FIELDS
-    }
-    for name in dict.fromkeys(_SHARED_PREFIX_FIELDS.values()):
-        aliases = [field for field, ours in _SHARED_PREFIX_FIELDS.items() if ours == name]
-        if name not in lengths:
-            raise InputError(f"`data.shared_prefix` lacks {' or '.join(f'`{field}`' for field in aliases)}.")
-        if sum(field in shared for field in aliases) > 1:
-            raise InputError(
-                f"`data.shared_prefix` has {' and '.join(f'`{f}`' for f in aliases)}: keep one, they are one."
-            )
-    timeout, stages = load.get("request_timeout"), load.get("stages") or ()
-    if not isinstance(stages, Sequence) or not all(isinstance(stage, Mapping) for stage in stages):
-        raise InputError(f"`load.stages` is {stages!r}; it must be a list of stages, each with `rate` and `duration`.")
+    _check_fields(shared, "data.shared_prefix")
+    timeout, interval = load.get("request_timeout"), load.get("interval")
+    stages = _stages(load)
     return SharedPrefixWorkload(
-        **lengths,
+        **_lengths(shared),
         stages=tuple(_read_stage(stage) for stage in stages),
-        timeout_s=np.inf if timeout is None else _number("load.request_timeout", timeout),
-        multi_turn_chat=bool(shared.get("enable_multi_turn_chat", False)),
+        timeout_s=np.inf if timeout is None else _positive("load.request_timeout", timeout),
+        multi_turn_chat=_flag("data.shared_prefix.enable_multi_turn_chat", shared.get("enable_multi_turn_chat")),
+        max_in_flight=_cap(load, stages),
+        stage_interval_s=DEFAULT_INTERVAL_S if interval is None else _number("load.interval", interval, least=0.0),
     )
 
 
+def _lengths(shared: Mapping[str, Any]) -> dict[str, int]:
+    """Numbers of prompts and their lengths, under whichever of their names."""
+    given = {name: value for name, value in shared.items() if name in _LENGTHS and value is not None}
+    for ours in dict.fromkeys(_LENGTHS.values()):
+        aliases = [name for name, of in _LENGTHS.items() if of == ours]
+        present = [name for name in aliases if name in given]
+        if not present:
+            raise InputError(f"`data.shared_prefix` lacks {' or '.join(f'`{name}`' for name in aliases)}.")
+        if len(present) > 1:
+            raise InputError(
+                f"`data.shared_prefix` has {' and '.join(f'`{f}`' for f in present)}: keep one, they are one."
+            )
+    return {_LENGTHS[name]: _whole_number(f"data.shared_prefix.{name}", value) for name, value in given.items()}
+
+
+def _stages(load: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
+    stages = load.get("stages") or ()
+    if isinstance(stages, str) or not isinstance(stages, Sequence) or not all(isinstance(s, Mapping) for s in stages):
+        raise InputError(
+            f"`load.stages` is {shown(stages)}; it must be a list of stages, each with `rate` and `duration`."
+        )
+    for stage in stages:
+        _check_fields(stage, "load.stages")
+        is_closed = stage.get("concurrency_level") is not None
+        if is_closed != (load.get("type") == CONCURRENT):
+            raise InputError(
+                f"`load.stages` has a stage {'with' if is_closed else 'without'} `concurrency_level`, and `load.type` is "
+                f"{shown(load.get('type'))}. Stages of fixed concurrency belong to `{CONCURRENT}`, and it needs them."
+            )
+    return stages
+
+
 def _read_stage(stage: Mapping[str, Any]) -> LoadStage:
-    _refuse_unknown(stage, {"rate", "duration"}, "load.stages.")
+    if stage.get("concurrency_level") is not None:
+        count = stage.get("num_requests")
+        if count is None:
+            raise InputError("A stage of `load.stages` has `concurrency_level` but lacks `num_requests`.")
+        number = _whole_number("load.stages.num_requests", count)
+        return LoadStage(rate=number / CLOSED_LOOP_SEND_S, duration_s=CLOSED_LOOP_SEND_S)
     for name in ("rate", "duration"):
-        if name not in stage:
+        if stage.get(name) is None:
             raise InputError(f"A stage of `load.stages` lacks `{name}`.")
     rate, duration = (_number(f"load.stages.{name}", stage[name]) for name in ("rate", "duration"))
     return LoadStage(rate=rate, duration_s=duration)
 
 
-def _parsed(path: Path) -> Any:
-    try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"{path} cannot be read as YAML: {error}. Give a workload of inference-perf.") from None
+def _cap(load: Mapping[str, Any], stages: Sequence[Mapping[str, Any]]) -> int | None:
+    """Most requests in flight, None where the file does not say: `num_workers` is the client's number of CPUs then."""
+    levels = {_whole_number("load.stages.concurrency_level", s["concurrency_level"]) for s in stages if _is_closed(s)}
+    if len(levels) > 1:
+        raise NotModelledError(
+            f"`load.stages` has stages of different `concurrency_level` ({', '.join(map(str, sorted(levels)[:5]))}), which "
+            "is not modelled. Give a file for each level."
+        )
+    workers, each = load.get("num_workers"), load.get("worker_max_concurrency")
+    cap = None
+    if workers is not None:
+        each = DEFAULT_WORKER_CONCURRENCY if each is None else _whole_number("load.worker_max_concurrency", each)
+        cap = _whole_number("load.num_workers", workers) * each
+    for name, value in (("load.num_workers", workers), ("load.worker_max_concurrency", each)):
+        if value is not None and _whole_number(name, value) < 1:
+            raise InputError(f"`{name}` of the workload is {shown(value)}; it must be at least 1.")
+    cap = min([*levels, *([] if cap is None else [cap])], default=None)
+    if cap is not None and not 1 <= cap <= _MOST_CLIENTS:
+        raise InputError(
+            f"`load` allows {shown(cap)} requests in flight; it must be at least 1 and at most {_MOST_CLIENTS:,}."
+        )
+    return cap
+
+
+def _is_closed(stage: Mapping[str, Any]) -> bool:
+    return stage.get("concurrency_level") is not None
+
+
+def _check_fields(fields: Mapping[str, Any], section: str) -> None:
+    """Refuse a field that has a value and is unknown, or whose value is not modelled."""
+    known, prefix = fields_of(section), f"{section}." if section else ""
+    for name, value in fields.items():
+        field = known.get(str(name))
+        if field is None and value is not None and value is not False and value not in ([], {}, ""):
+            raise InputError(
+                f"Unknown workload field `{prefix}{str(name)[:80]}` ({shown(value)}). Known here: "
+                f"{', '.join(sorted(known))}. If it does not change which requests are sent, remove it or set it to null."
+            )
+        if field is None or field.treatment != FIXED or value is None or _is_one_of(value, field.values):
+            continue
+        modelled = f"it must be one of {', '.join(map(str, field.values))}" if field.values else "it must be null"
+        plain = value[:80] if isinstance(value, str) else shown(value)
+        raise NotModelledError(
+            f"`{prefix}{name}: {plain}` is not modelled ({field.meaning}); {modelled}. "
+            "Requests of any other kind can be given as a table (`--requests`, or `replay_requests`)."
+        )
+
+
+def _is_one_of(value: Any, values: tuple[Any, ...]) -> bool:
+    return any(type(value) is type(one) and value == one for one in values)
 
 
 def _section(fields: Mapping[str, Any], name: str, prefix: str = "") -> Mapping[str, Any]:
     section = fields.get(name) or {}
     if not isinstance(section, Mapping):
-        raise InputError(f"`{prefix}{name}` of the workload is {section!r}; it must be a mapping of fields.")
+        raise InputError(f"`{prefix}{name}` of the workload is {shown(section)}; it must be a mapping of fields.")
     return section
 
 
-def _number(name: str, value: Any) -> float:
+def _flag(name: str, value: Any) -> bool:
+    if value is not None and not isinstance(value, bool):
+        raise InputError(f"`{name}` of the workload is {shown(value)}; it must be true or false.")
+    return bool(value)
+
+
+def _number(name: str, value: Any, *, least: float = -np.inf) -> float:
     try:
         if isinstance(value, bool):
             raise TypeError
-        return float(value)
-    except (TypeError, ValueError):
-        raise InputError(f"`{name}` of the workload is {value!r}; it must be a number.") from None
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
+        raise InputError(f"`{name}` of the workload is {shown(value)}; it must be a number.") from None
+    if not np.isfinite(number) or number < least:
+        bound = "" if least == -np.inf else f" of at least {least:g}"
+        raise InputError(f"`{name}` of the workload is {shown(value)}; it must be a finite number{bound}.")
+    return number
+
+
+def _positive(name: str, value: Any) -> float:
+    number = _number(name, value)
+    if number <= 0.0:
+        raise InputError(f"`{name}` of the workload is {shown(value)}; it must be positive.")
+    return number
 
 
 def _whole_number(name: str, value: Any) -> int:
     number = _number(name, value)
     if not number.is_integer():
-        raise InputError(f"`{name}` of the workload is {value!r}; it must be a whole number.")
+        raise InputError(f"`{name}` of the workload is {shown(value)}; it must be a whole number.")
     return int(number)
-
-
-def _refuse_unknown(fields: Mapping[str, Any], known: set[str], prefix: str) -> None:
-    for name in fields:
-        if name not in known:
-            raise InputError(
-                f"Unknown workload field `{prefix}{name}`. Known here: {', '.join(sorted(known))}. "
-                "If it does not change which requests are sent, remove it."
-            )

@@ -1,18 +1,12 @@
 """Replay of a measured request trace: real arrivals, the workload's prompts."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
 import numpy as np
+import pandas as pd
 
 from stepcal.errors import InputError
-from stepcal.simulator.inference_perf import SharedPrefixWorkload
 from stepcal.simulator.layout import Int32Array
+from stepcal.simulator.shared_prefix import SharedPrefixWorkload
 from stepcal.simulator.workload import RequestList
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 REQUIRED_COLUMNS = ("index", "arrival_time_us", "prompt_tokens", "output_tokens")
 _US_PER_S = 1e6
@@ -88,8 +82,6 @@ def _typical_length(
     number: np.ndarray, prompt_tokens: Int32Array, has_error: np.ndarray, workload: SharedPrefixWorkload
 ) -> Int32Array:
     """Median measured length of each request's prompt, shape (n,)."""
-    import pandas as pd
-
     medians = pd.Series(prompt_tokens[~has_error]).groupby(number[~has_error]).median()
     table = np.full(workload.n_prompts, workload.prompt_len, np.float64)
     table[medians.index.to_numpy()] = medians.to_numpy()
@@ -111,6 +103,43 @@ def _own_texts(
         prompt_start=np.arange(n + 1),
         segment_content=np.arange(n),
         segment_tokens=prompt_tokens.astype(np.int64),
+        output_tokens=table["output_tokens"].to_numpy(np.int32),
+        index=index,
+    )
+
+
+def replay_trace(table: pd.DataFrame, *, block_tokens: int = 512) -> RequestList:
+    """Requests of a trace that has arrivals and lengths only, such as a public one.
+
+    Parameters
+    ----------
+    table : DataFrame
+        Columns `index`, `arrival_time_us`, `prompt_tokens`, `output_tokens`, sorted by arrival. With a column `blocks`,
+        lists of ids, each id is a piece of text of `block_tokens` tokens (the last one of a prompt what is left), and
+        prompts that begin with the same ids share that prefix. Without, every prompt is its own text.
+    block_tokens : int
+
+    Returns
+    -------
+    RequestList
+    """
+    index = table["index"].to_numpy(np.int64)
+    arrival_s = table["arrival_time_us"].to_numpy(np.float64) / _US_PER_S
+    prompt_tokens = table["prompt_tokens"].to_numpy(np.int64)
+    if "blocks" not in table.columns:
+        no_error = np.zeros(index.size, bool)
+        return _own_texts(table, index, arrival_s, prompt_tokens.astype(np.int32), no_error)
+    counts = np.array([len(ids) for ids in table["blocks"]], dtype=np.int64)
+    ids = np.concatenate([np.asarray(ids, dtype=np.int64) for ids in table["blocks"]])
+    start = np.concatenate(([0], np.cumsum(counts)))
+    tokens = np.full(ids.size, block_tokens, dtype=np.int64)
+    tokens[start[1:] - 1] = prompt_tokens - (counts - 1) * block_tokens
+    return RequestList(
+        arrival_s=arrival_s,
+        prompt=np.arange(index.size, dtype=np.int32),
+        prompt_start=start,
+        segment_content=np.unique(ids, return_inverse=True)[1].reshape(-1).astype(np.int64),
+        segment_tokens=tokens,
         output_tokens=table["output_tokens"].to_numpy(np.int32),
         index=index,
     )

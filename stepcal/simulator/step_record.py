@@ -1,11 +1,10 @@
 """The step record: buffers for the compiled loop, and the step table in the schema of a real trace."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from stepcal.simulator import layout as at
 from stepcal.simulator.clock import N_GAP_BINS
@@ -13,9 +12,6 @@ from stepcal.simulator.config import ServerConfig
 from stepcal.simulator.layout import Int8Array, Int32Array, Record
 from stepcal.simulator.steptime import StepBatch
 from stepcal.units import FloatArray, IntArray
-
-if TYPE_CHECKING:
-    import pyarrow as pa
 
 _ROWS_PER_DRAIN = 1 << 14
 _NS_PER_US = 1000.0
@@ -63,8 +59,6 @@ class StepRows:
 
     def table(self, experiment_id: str, kv_blocks: int) -> pa.Table:
         """The step table in the canonical schema, with the lengths behind each batch as list columns."""
-        import pyarrow as pa
-
         is_prefill = self.item_is_prefill.astype(bool)
         starts = np.concatenate(([0], self.ints[:-1, at.ROW_ITEMS_END])) if len(self) else np.zeros(0, np.int64)
         n_prefill = self.column("num_prefill_reqs")
@@ -96,8 +90,6 @@ def _join(parts: list[dict[str, np.ndarray]], name: str, dtype: type, width: int
 
 
 def _lists(values: np.ndarray, lengths: np.ndarray) -> pa.ListArray:
-    import pyarrow as pa
-
     offsets = np.concatenate(([0], np.cumsum(lengths))).astype(np.int32)
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values.astype(np.int32)))
 

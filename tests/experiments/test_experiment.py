@@ -303,6 +303,10 @@ def test_shipped_tables_say_what_the_public_folder_says(traces_folder: Path) -> 
             if field.name in ("requests", "notes"):
                 continue
             ours, theirs = getattr(found, field.name), getattr(expected, field.name)
+            if field.name == "workload":
+                # How the client sends stands in the folder only; the cap of 224 x 100 is never reached.
+                assert (ours.max_in_flight, ours.stage_interval_s) == (22_400, 1.0)
+                ours = replace(ours, max_in_flight=None, stage_interval_s=None)
             assert ours == theirs, (found.experiment_id, field.name)
         ours, theirs = by_key(known), by_key(measured_latencies(expected))
         pd.testing.assert_series_equal(ours.sort_index(), theirs.sort_index(), rtol=1e-12)

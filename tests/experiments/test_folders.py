@@ -66,7 +66,7 @@ def test_what_the_server_was_started_with_is_used(tmp_path) -> None:
 
 def test_the_accelerator_of_runs_that_do_not_name_one(tmp_path) -> None:
     write_run(tmp_path)
-    assert read_experiment_folder(tmp_path, accelerator="l40s")[0][0].accelerator.name == "l40s"
+    assert read_experiment_folder(tmp_path, accelerator="l40s")[0][0].deployment.accelerator.name == "l40s"
 
 
 def test_a_config_json_beside_gives_the_architecture(tmp_path) -> None:
@@ -141,7 +141,7 @@ def test_bad_settings_are_named(server: dict, message: str, tmp_path) -> None:
         ({"exp-config.yaml": "a: [1"}, r"exp-config\.yaml cannot be read as YAML"),
         ({"exp-config.yaml": "- a\n- b\n"}, r"exp-config\.yaml holds a list; a mapping"),
         ({"profile.yaml": "just words"}, r"profile\.yaml holds a str"),
-        ({"profile.yaml": {**PROFILE, "lora": {}}}, "Unknown workload field `lora`"),
+        ({"profile.yaml": {**PROFILE, "lora": {"a": 1}}}, "Unknown workload field `lora`"),
         ({"config.json": "{"}, r"config\.json, line 1: not JSON"),
         (
             {"config.json": {**QWEN, "hidden_size": "wide"}},

@@ -1,5 +1,6 @@
 """Workloads: arrival processes, lengths, inference-perf files, replay of a trace, and bad input with its message."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -151,8 +152,9 @@ def test_a_profile_is_read(tmp_path: Path) -> None:
         output_len=247,
         stages=tuple(STAGES),
         multi_turn_chat=True,
+        stage_interval_s=1.0,
     )
-    requests = workload.requests(seed=0)
+    requests = replace(workload, multi_turn_chat=False).requests(seed=0)
     assert len(requests) == 9000
     assert set(requests.prompt_tokens) == {566}
     assert requests.prompt[:45].tolist() == [*range(44), 0]
@@ -176,7 +178,7 @@ def changed(document: dict, *path: str, to: object) -> dict:
     [
         (("data", "shared_prefix", "num_tools"), 3, "Unknown workload field `data.shared_prefix.num_tools`"),
         (("load", "burstiness"), 2, "Unknown workload field `load.burstiness`"),
-        (("traces",), {}, "Unknown workload field `traces`"),
+        (("traces",), {"a": 1}, "Unknown workload field `traces`"),
         (("data", "type"), "sharegpt", "`data.type: sharegpt` is not modelled"),
         (("data", "path"), "x.json", "`data.path: x.json` is not modelled"),
         (("load", "sweep"), {"type": "linear"}, "`load.sweep"),
@@ -347,3 +349,84 @@ def test_vllm_arguments_are_read() -> None:
     assert server == ServerConfig(kv_blocks=100, max_num_seqs=8)
     with pytest.raises(ValueError, match="Unknown server argument `max_sequences`"):
         ServerConfig.from_vllm_arguments({"kv_blocks": 100, "max_sequences": 8})
+
+
+def test_requests_are_rate_times_duration_cut_off() -> None:
+    assert LoadStage(183.38, 60.0).n_requests == 11_002
+    assert LoadStage(0.5, 1.0).n_requests == 0
+
+
+def test_more_requests_than_memory_holds_are_refused() -> None:
+    with pytest.raises(ValueError, match="1e\\+24 requests; at most 20,000,000"):
+        LoadStage(1e15, 1e9)
+    with pytest.raises(ValueError, match="30,000,000 requests together; at most 20,000,000"):
+        read_workload(changed(CONFIG, "load", "stages", to=[{"rate": 1e5, "duration": 150}] * 2))
+
+
+@pytest.mark.parametrize("section", [(), ("api",), ("data",), ("load",), ("data", "shared_prefix"), ("server",)])
+@pytest.mark.parametrize("value", [None, False, [], {}])
+def test_an_unknown_field_that_asks_for_nothing_is_accepted(section: tuple[str, ...], value: object) -> None:
+    assert read_workload(changed(CONFIG, *section, "field_of_another_release", to=value)) == read_workload(CONFIG)
+
+
+def test_a_null_field_of_a_stage_is_accepted() -> None:
+    stages = [{"rate": 5, "duration": 600, "num_requests": None, "concurrency_level": None, "more": None}]
+    assert read_workload(changed(CONFIG, "load", "stages", to=stages)).stages == (LoadStage(5.0, 600.0),)
+
+
+@pytest.mark.parametrize(
+    ("load", "cap"),
+    [
+        ({"num_workers": 2, "worker_max_concurrency": 100}, 200),
+        ({"num_workers": 3}, 300),  # worker_max_concurrency has a default
+        ({"worker_max_concurrency": 100}, None),  # num_workers is the number of the client's CPUs, which nobody knows
+        ({"num_workers": None}, None),
+    ],
+)
+def test_the_cap_of_the_client_is_workers_times_concurrency(load: dict, cap: int | None) -> None:
+    stages = [{"rate": 1, "duration": 5}]
+    document = {**CONFIG, "load": {"type": "constant", "stages": stages, **load}}
+    assert read_workload(document).max_in_flight == cap
+
+
+def test_the_pause_between_stages_is_a_second_unless_the_file_says() -> None:
+    assert read_workload(changed(CONFIG, "load", "interval", to=None)).stage_interval_s == 1.0
+    assert read_workload(changed(CONFIG, "load", "interval", to=15)).stage_interval_s == 15.0
+
+
+def test_a_closed_loop_is_a_stage_of_fixed_concurrency() -> None:
+    stages = [{"num_requests": 50, "concurrency_level": 8, "rate": None, "duration": None}]
+    document = changed(changed(CONFIG, "load", "stages", to=stages), "load", "type", to="concurrent")
+    workload = read_workload(document)
+    assert (workload.max_in_flight, [s.n_requests for s in workload.stages]) == (8, [50])
+    for bad, message in (
+        ([*stages, {**stages[0], "concurrency_level": 4}], "different `concurrency_level` \\(4, 8\\)"),
+        ([{"rate": 1, "duration": 5}], "without `concurrency_level`"),
+        ([{"concurrency_level": 8}], "lacks `num_requests`"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            read_workload(changed(document, "load", "stages", to=bad))
+    with pytest.raises(ValueError, match=r"with `concurrency_level`, and `load\.type` is 'constant'"):
+        read_workload(changed(document, "load", "type", to="constant"))
+
+
+def test_the_questions_of_a_chat_carry_the_conversation_so_far() -> None:
+    workload = SharedPrefixWorkload(
+        n_groups=2, n_prompts_per_group=2, system_prompt_len=16, question_len=32, output_len=48,
+        stages=(LoadStage(1.0, 12.0),), multi_turn_chat=True,
+    )  # fmt: skip
+    requests = workload.requests("constant")
+    assert requests.prompt_tokens.tolist() == [48] * 4 + [128] * 4 + [208] * 4
+    # The third turn of user 1 repeats its second, answer included: 208 - 32 tokens are cached, all full blocks.
+    server = ServerConfig(kv_blocks=1000)
+    cached = simulate(requests, server, STEP_TIME).request_table()["cached_tokens"]
+    assert cached[5] == (48 + 48 - 1) // 16 * 16
+    assert cached[9] == (128 + 48 - 1) // 16 * 16
+
+
+@pytest.mark.parametrize("release", ["0.2.0", "0.3.0", "0.4.0", "0.5.0", "0.6.0", "0.6.1", "main"])
+def test_what_every_release_writes_is_read(release: str) -> None:
+    workload = read_workload(Path(__file__).parent / "as_run" / f"config-{release}.yaml")
+    assert (workload.n_groups, workload.n_prompts_per_group, workload.prompt_len, workload.output_len) == (3, 4, 96, 24)
+    assert [(s.rate, s.duration_s) for s in workload.stages] == [(2.0, 20.0), (4.0, 10.0)]
+    assert (workload.max_in_flight, workload.stage_interval_s, workload.multi_turn_chat) == (1024, 5.0, False)

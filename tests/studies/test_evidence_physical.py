@@ -20,7 +20,6 @@ from stepcal.step_time import coefficients
 from stepcal.step_time.coefficients import load_coefficients
 from stepcal.studies import registry as studies
 from stepcal.studies.evidence_physical import correlate_parts, h1b_evidence, h2b_evidence, h3_evidence
-from stepcal.studies.verdicts import verdict_of
 
 runner = CliRunner()
 CRITERIA = {"h100_share", "h100_mean", "h100_mspe", "a100_each", "l40s_each"}
@@ -218,7 +217,7 @@ def measured_s(folder: Path, name: str) -> float:
 class TestH3:
     def test_without_a_folder_it_is_not_evaluated(self, monkeypatch, tmp_path) -> None:
         monkeypatch.setenv("STEPCAL_DATA", str(tmp_path))
-        result, text = verdict("h4")
+        result, text = verdict("h3")
         assert result["verdict"] == "Not evaluated"
         assert result["evidence_from"] == "none"
         assert set(outcomes(result).values()) == {None}
@@ -286,7 +285,7 @@ class TestH3:
     def test_changed_coefficients_are_refused(self, runs, tmp_path, monkeypatch) -> None:
         folder = tmp_path / "data"
         shutil.copytree(data_folder() / "coefficients", folder / "coefficients")
-        file = folder / "coefficients" / "default-2026-11-24.json"
+        file = folder / "coefficients" / "default.json"
         file.write_text(file.read_text().replace('"value": 1', '"value": 2', 1))
         monkeypatch.setattr(coefficients, "data_folder", lambda: folder)
         done = runner.invoke(app, ["verdict", "h3", "--experiments", str(runs), "--json", "-"])
@@ -304,7 +303,7 @@ class TestH3:
 @pytest.mark.parametrize("hypothesis", ["h1b", "h2b", "h3"])
 def test_ours_have_no_published_figures(hypothesis) -> None:
     with pytest.raises(InputError, match="has no published figures"):
-        verdict_of(hypothesis, published=True)
+        studies.verdict_of(hypothesis, published=True)
 
 
 def test_h1b_and_h2b_come_from_the_studies(monkeypatch) -> None:
@@ -313,7 +312,7 @@ def test_h1b_and_h2b_come_from_the_studies(monkeypatch) -> None:
     provenance = studies.Provenance("recorded", "0" * 64, 1, 16)
     tables = {"physical_model": {"errors": errors, "folds": folds}, "physical_evidence": {"intervals": intervals}}
     monkeypatch.setattr(studies, "load_study", lambda name, data=None: studies.Study(name, tables[name], provenance))
-    judged, source = verdict_of("h2b")
+    judged, source = studies.verdict_of("h2b")
     assert judged.verdict == "Supported"
     assert source.kind == "recorded"
     assert {"physical_model", "physical_evidence"} <= set(studies.STUDIES)
