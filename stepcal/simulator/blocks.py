@@ -6,7 +6,7 @@ because the order in which they are freed decides which of them survive until th
 """
 
 from stepcal.simulator.compilation import inlined
-from stepcal.simulator.layout import ANONYMOUS, N_FREE, N_SPARE, Pool, Slots
+from stepcal.simulator.layout import ANONYMOUS, Pool, Slots
 
 
 @inlined
@@ -27,14 +27,14 @@ def _append(pool: Pool, entry: int) -> None:
 
 @inlined
 def _take_spare(pool: Pool) -> int:
-    pool.n[N_SPARE] -= 1
-    return pool.entries.spare[pool.n[N_SPARE]]
+    pool.n.spare -= 1
+    return pool.entries.spare[pool.n.spare]
 
 
 @inlined
 def _give_spare(pool: Pool, entry: int) -> None:
-    pool.entries.spare[pool.n[N_SPARE]] = entry
-    pool.n[N_SPARE] += 1
+    pool.entries.spare[pool.n.spare] = entry
+    pool.n.spare += 1
 
 
 @inlined
@@ -55,7 +55,7 @@ def _forget(pool: Pool, entry: int) -> None:
 @inlined
 def take_blocks(pool: Pool, n_blocks: int) -> None:
     """Take blocks from the head of the free queue, evicting cached ones. The caller has checked the number."""
-    pool.n[N_FREE] -= n_blocks
+    pool.n.free -= n_blocks
     while n_blocks > 0:
         entry = pool.entries.next[0]
         node = pool.entries.node[entry]
@@ -80,7 +80,7 @@ def free_anonymous(pool: Pool, n_blocks: int) -> None:
     """Append blocks that nobody can hit to the free queue."""
     if n_blocks <= 0:
         return
-    pool.n[N_FREE] += n_blocks
+    pool.n.free += n_blocks
     last = pool.entries.prev[0]
     if last and pool.entries.node[last] == ANONYMOUS:
         pool.entries.count[last] += n_blocks
@@ -99,7 +99,7 @@ def free_keyed(pool: Pool, slots: Slots, slot: int) -> None:
         pool.entries.references[entry] -= 1
         if pool.entries.references[entry] == 0:
             _append(pool, entry)
-            pool.n[N_FREE] += 1
+            pool.n.free += 1
     slots.rows.n_keyed[slot] = 0
 
 
@@ -113,7 +113,7 @@ def free_ghost(pool: Pool, slot: int, n_blocks: int) -> None:
     pool.entries.count[entry] = n_blocks
     pool.ghost[slot] = entry
     _append(pool, entry)
-    pool.n[N_FREE] += n_blocks
+    pool.n.free += n_blocks
 
 
 @inlined
@@ -128,7 +128,7 @@ def drop_ghost(pool: Pool, slot: int) -> None:
 def touch_ghost(pool: Pool, slot: int) -> None:
     """A resumed request takes back its own blocks."""
     entry = pool.ghost[slot]
-    pool.n[N_FREE] -= pool.entries.count[entry]
+    pool.n.free -= pool.entries.count[entry]
     _unlink(pool, entry)
     _give_spare(pool, entry)
     pool.ghost[slot] = 0
@@ -167,7 +167,7 @@ def touch(pool: Pool, slots: Slots, slot: int, n_hits: int) -> None:
         entry = slots.blocks[slot, j]
         if pool.entries.references[entry] == 0:
             _unlink(pool, entry)
-            pool.n[N_FREE] -= 1
+            pool.n.free -= 1
         pool.entries.references[entry] += 1
     slots.rows.n_keyed[slot] = n_hits
 

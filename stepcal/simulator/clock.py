@@ -9,9 +9,8 @@ import math
 
 import numpy as np
 
-from stepcal.simulator import layout as at
 from stepcal.simulator.compilation import compiled, inlined
-from stepcal.simulator.layout import Times
+from stepcal.simulator.layout import Batch, Times
 from stepcal.units import FloatArray, IntArray
 
 # Gaps between tokens are counted in bins whose width is 1/512 of a power of two: quantiles are exact to 0.1 %.
@@ -22,26 +21,26 @@ N_GAP_BINS = GAP_BINS_PER_OCTAVE * GAP_OCTAVES
 
 
 @inlined
-def step_duration(times: Times, batch: IntArray, rejected: float) -> float:
+def step_duration(times: Times, batch: Batch, rejected: float) -> float:
     """Duration of one step in microseconds."""
-    n_prefill, n_decode = batch[at.PREFILL_REQS], batch[at.DECODE_REQS]
+    n_prefill, n_decode = batch.prefill_reqs, batch.decode_reqs
     gpu = (
         times.constant_us
-        + times.tokens_us[batch[at.PREFILL_TOKENS] + n_decode]
+        + times.tokens_us[batch.prefill_tokens + n_decode]
         + times.requests_us[n_prefill + n_decode]
         + times.decode_requests_us[n_decode]
-        + times.kv_us * batch[at.DECODE_KV]
-        + times.waiting_us * batch[at.N_WAITING]
+        + times.kv_us * batch.decode_kv
+        + times.waiting_us * batch.n_waiting
     )
     if times.batch_us.shape[1] > 1:
-        gpu += times.batch_us[batch[at.PREFILL_TOKENS], n_decode]
+        gpu += times.batch_us[batch.prefill_tokens, n_decode]
     if n_prefill:
         gpu += (
-            times.prefill_tokens_us[batch[at.PREFILL_TOKENS]]
-            + times.prefill_kv_us * batch[at.PREFILL_KV]
-            + times.prefill_pair_us * batch[at.PREFILL_PAIRS]
+            times.prefill_tokens_us[batch.prefill_tokens]
+            + times.prefill_kv_us * batch.prefill_kv
+            + times.prefill_pair_us * batch.prefill_pairs
         )
-    host = _host_duration(times, n_prefill + n_decode, batch[at.N_WAITING], rejected)
+    host = _host_duration(times, n_prefill + n_decode, batch.n_waiting, rejected)
     return max(times.floor_us, max(gpu, host) if times.overlap else gpu + host)
 
 

@@ -5,10 +5,9 @@ import numpy as np
 from stepcal.simulator import layout as at
 from stepcal.simulator.blocks import drop_ghost, free_anonymous, free_keyed, register
 from stepcal.simulator.compilation import compiled, inlined
-from stepcal.simulator.layout import Limits, Pool, Requests, Slots
+from stepcal.simulator.layout import Limits, Pool, Requests, Slots, State
 from stepcal.simulator.scheduling import blocks_of, find_next_finish, stop_decoding
 from stepcal.simulator.sending import leave, push_arrival
-from stepcal.units import IntArray
 
 
 @compiled
@@ -22,39 +21,39 @@ def _tokens_generated(slots: Slots, slot: int, last_output: int) -> int:
 
 
 @inlined
-def _end(requests: Requests, slots: Slots, counts: IntArray, request: int, status: int, now_us: float) -> None:
+def _end(requests: Requests, slots: Slots, state: State, request: int, status: int, now_us: float) -> None:
     requests.rows.status[request] = status
     requests.rows.finish_us[request] = now_us
-    counts[at.N_ENDED] += 1
-    counts[at.HAS_ENDED] = 1
-    counts[at.HAS_CHANGED] = 1
-    counts[at.IS_BLOCKED] = 0
+    state.n_ended += 1
+    state.has_ended = 1
+    state.has_changed = 1
+    state.is_blocked = 0
 
 
 @inlined
-def _free_slot(slots: Slots, counts: IntArray, slot: int) -> None:
+def _free_slot(slots: Slots, state: State, slot: int) -> None:
     slots.rows.state[slot] = at.SLOT_FREE
-    slots.free[counts[at.N_FREE_SLOTS]] = slot
-    counts[at.N_FREE_SLOTS] += 1
+    slots.free[state.n_free_slots] = slot
+    state.n_free_slots += 1
 
 
 @compiled
-def _follow_up(limits: Limits, requests: Requests, counts: IntArray, request: int, now_us: float) -> None:
+def _follow_up(limits: Limits, requests: Requests, state: State, request: int, now_us: float) -> None:
     """Send the next turn of a session, its think time after the answer reached the client."""
     follower = requests.follower[request]
     if follower < 0:
         return
     due = now_us + limits.api_after_us + requests.rows.arrival_us[follower] + limits.api_before_us
-    push_arrival(requests, counts, due, follower)
+    push_arrival(requests, state, due, follower)
 
 
 @compiled
 def finish_requests(
-    limits: Limits, requests: Requests, slots: Slots, pool: Pool, counts: IntArray, call: int, now_us: float
+    limits: Limits, requests: Requests, slots: Slots, pool: Pool, state: State, call: int, now_us: float
 ) -> None:
     """Process the output of `call`: requests whose last token it computed give back slot and blocks, in list order."""
     n_kept = 0
-    for i in range(counts[at.N_RUNNING]):
+    for i in range(state.n_running):
         slot = slots.running[i]
         if slots.running_finish[i] != call:
             slots.running[n_kept] = slot
@@ -66,67 +65,65 @@ def finish_requests(
         register(pool, slots, slot, requests.rows.chain[request], kv_tokens // limits.block_size)
         free_anonymous(pool, blocks_of(kv_tokens, limits.block_size) - slots.rows.n_keyed[slot])
         free_keyed(pool, slots, slot)
-        _finish(limits, requests, slots, counts, slot, now_us)
-    counts[at.N_RUNNING] = n_kept
+        _finish(limits, requests, slots, state, slot, now_us)
+    state.n_running = n_kept
     i = 0
-    while i < counts[at.N_PREEMPTED]:  # preempted while its last token was in flight
+    while i < state.n_preempted:  # preempted while its last token was in flight
         slot = slots.preempted[i]
         if slots.rows.generated[slot] == slots.rows.output[slot] and slots.rows.finish_call[slot] == call:
             drop_ghost(pool, slot)
-            _remove_preempted(slots, counts, i)
-            _finish(limits, requests, slots, counts, slot, now_us)
+            _remove_preempted(slots, state, i)
+            _finish(limits, requests, slots, state, slot, now_us)
         else:
             i += 1
 
 
 @inlined
-def _finish(limits: Limits, requests: Requests, slots: Slots, counts: IntArray, slot: int, now_us: float) -> None:
+def _finish(limits: Limits, requests: Requests, slots: Slots, state: State, slot: int, now_us: float) -> None:
     request = slots.rows.request[slot]
     requests.rows.generated_tokens[request] = slots.rows.output[slot]
-    _end(requests, slots, counts, request, at.FINISHED, now_us)
-    _free_slot(slots, counts, slot)
+    _end(requests, slots, state, request, at.FINISHED, now_us)
+    _free_slot(slots, state, slot)
     if requests.follower.size:
-        _follow_up(limits, requests, counts, request, now_us)
+        _follow_up(limits, requests, state, request, now_us)
     if limits.has_clients:
         answered_us = now_us + limits.api_after_us + limits.api_before_us
         gives_up_us = requests.rows.arrival_us[request] + limits.timeout_us
-        leave(limits, requests, counts, request, min(answered_us, gives_up_us))
+        leave(limits, requests, state, request, min(answered_us, gives_up_us))
 
 
 @compiled
-def _remove_preempted(slots: Slots, counts: IntArray, i: int) -> None:
-    counts[at.N_PREEMPTED] -= 1
-    for j in range(i, counts[at.N_PREEMPTED]):
+def _remove_preempted(slots: Slots, state: State, i: int) -> None:
+    state.n_preempted -= 1
+    for j in range(i, state.n_preempted):
         slots.preempted[j] = slots.preempted[j + 1]
 
 
 @compiled
 def abort_request(
-    limits: Limits, requests: Requests, slots: Slots, pool: Pool, counts: IntArray, request: int, now_us: float
+    limits: Limits, requests: Requests, slots: Slots, pool: Pool, state: State, request: int, now_us: float
 ) -> None:
     """The client gave up: the request leaves its queue and its blocks are free at once."""
     if requests.rows.status[request] == at.WAITING:
-        counts[at.N_QUEUED] -= 1
+        state.n_queued -= 1
     else:
-        _abort_admitted(limits, requests, slots, pool, counts, request)
-    _end(requests, slots, counts, request, at.ABORTED, now_us)
+        _abort_admitted(limits, requests, slots, pool, state, request)
+    _end(requests, slots, state, request, at.ABORTED, now_us)
     if limits.has_clients:
-        leave(limits, requests, counts, request, requests.rows.arrival_us[request] + limits.timeout_us)
+        leave(limits, requests, state, request, requests.rows.arrival_us[request] + limits.timeout_us)
     if requests.follower.size:  # the turns that would have followed are never sent
         turn = requests.follower[request]
         while turn >= 0:
             requests.rows.status[turn] = at.NOT_SENT
-            counts[at.N_ENDED] += 1
+            state.n_ended += 1
             turn = requests.follower[turn]
 
 
 @compiled
-def _abort_admitted(
-    limits: Limits, requests: Requests, slots: Slots, pool: Pool, counts: IntArray, request: int
-) -> None:
-    call = counts[at.N_CALLS]
-    last_output = counts[at.LAST_OUTPUT]
-    for i in range(counts[at.N_PREEMPTED]):
+def _abort_admitted(limits: Limits, requests: Requests, slots: Slots, pool: Pool, state: State, request: int) -> None:
+    call = state.n_calls
+    last_output = state.last_output
+    for i in range(state.n_preempted):
         slot = slots.preempted[i]
         if slots.rows.request[slot] == request:
             # A token in flight when it was preempted counts only if its output was processed.
@@ -138,8 +135,8 @@ def _abort_admitted(
                 requests.rows.first_token_us[request] = np.nan
                 requests.rows.generated_tokens[request] = 0
             drop_ghost(pool, slot)
-            _remove_preempted(slots, counts, i)
-            _free_slot(slots, counts, slot)
+            _remove_preempted(slots, state, i)
+            _free_slot(slots, state, slot)
             return
     i = 0
     while slots.rows.request[slots.running[i]] != request:
@@ -151,15 +148,15 @@ def _abort_admitted(
     if slots.rows.state[slot] == at.SLOT_DECODE:
         computed = slots.rows.base[slot] + min(call, slots.rows.finish_call[slot] + 1)
         if slots.rows.finish_call[slot] >= call:
-            stop_decoding(slots, counts, slot, limits.block_size, requests.rows.stage[request])
+            stop_decoding(slots, state, slot, limits.block_size, requests.rows.stage[request])
     else:
         computed = slots.rows.computed[slot]
-        counts[at.PREFILL_SLOT] = -1
+        state.prefill_slot = -1
     free_anonymous(pool, blocks_of(computed, limits.block_size) - slots.rows.n_keyed[slot])
     free_keyed(pool, slots, slot)
-    counts[at.N_RUNNING] -= 1
-    for j in range(i, counts[at.N_RUNNING]):
+    state.n_running -= 1
+    for j in range(i, state.n_running):
         slots.running[j] = slots.running[j + 1]
         slots.running_finish[j] = slots.running_finish[j + 1]
-    _free_slot(slots, counts, slot)
-    find_next_finish(slots, counts, call)
+    _free_slot(slots, state, slot)
+    find_next_finish(slots, state, call)

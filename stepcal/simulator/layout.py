@@ -1,8 +1,7 @@
 """The arrays of a running simulation: what the compiled functions read and write, and in which unit.
 
-Everything lives in flat numpy arrays, grouped by who owns it, because compiled code is fastest on them. Scalars that
-survive from one call of the compiled loop to the next are elements of `counts` (integers) and `clock` (microseconds),
-named below.
+Everything lives in flat or structured numpy arrays, grouped by who owns it, because compiled code is fastest on them.
+Scalars that survive from one call of the compiled loop to the next are the fields of one row, `STATE`.
 """
 
 from typing import Any, NamedTuple
@@ -34,57 +33,83 @@ ANONYMOUS = -1
 # Why the compiled loop came back.
 DONE, PAUSED, NEEDS_DURATION, STUCK, BAD_DURATION, GO_ON = 0, 1, 2, 3, 4, 5
 
-# Elements of `counts`.
-N_CALLS = 0  # schedule() calls so far; also the number of the next one
-N_STEPS = 1  # calls that scheduled something
-N_PREEMPTIONS = 2
-N_ENDED = 3  # requests with a final status
-LAST_OUTPUT = 4  # number of the last call whose output was processed
-N_RUNNING = 5
-N_PREEMPTED = 6  # preempted requests that wait, in front of all others
-N_QUEUED = 7  # arrived requests that were never admitted and still wait
-QUEUE_HEAD = 8
-QUEUE_TAIL = 9
-NEXT_ARRIVAL = 10
-NEXT_ABORT = 11
-NEXT_OUTPUT_ABORT = 12
-N_HEAP = 13
-N_FREE_SLOTS = 14
-N_DECODING = 15  # requests that the next call schedules one token for
-SUM_BASE = 16  # sum of `slots.base` over them
-NEXT_FINISH = 17  # smallest `slots.finish_call` over them
-PREFILL_SLOT = 18  # the one request whose prompt is computed in part, or -1
-N_KEYED_OUTPUTS = 19  # decoding requests whose output other requests can hit
-HAS_ENDED = 20  # 1 if a request ended since the last call: vLLM then makes one more call
-IS_BLOCKED = 21  # 1 if the head of the queue does not fit, until blocks are freed
-N_IN_FLIGHT = 22
-FLIGHT_CALL = 23  # two elements: oldest first
-FLIGHT_FINISHES = 25
-FLIGHT_STEP = 27
-N_ROWS = 27  # rows of the step record
-N_ROW_ITEMS = 28
-N_ROW_PREEMPTED = 29
-N_ROW_CACHED = 30
-N_DRAWN = 31  # steps drawn for the sample of steps
-RESUME = 32  # 1 if the loop waits for the duration of the step it just scheduled
-HAS_CHANGED = 33  # 1 if `REJECTED` is to be computed anew: a request was admitted, preempted or has ended
-LIST_END = 34  # requests of the list that may be sent, as far as stages have begun
-N_PLACES = 35
-N_STAGE_LEFT = 36  # requests of the present stage whose clients still wait
-NEXT_GIVE_UP = 37
-SIZE_COUNTS = 38
+# What survives from one call of the compiled loop to the next, one row.
+STATE = np.dtype(
+    [
+        ("n_calls", np.int64),  # schedule() calls so far; also the number of the next one
+        ("n_steps", np.int64),  # calls that scheduled something
+        ("n_preemptions", np.int64),
+        ("n_ended", np.int64),  # requests with a final status
+        ("last_output", np.int64),  # number of the last call whose output was processed
+        # queues
+        ("n_running", np.int64),
+        ("n_preempted", np.int64),  # preempted requests that wait, in front of all others
+        ("n_queued", np.int64),  # arrived requests that were never admitted and still wait
+        ("queue_head", np.int64),
+        ("queue_tail", np.int64),
+        ("is_blocked", np.int64),  # 1 if the head of the queue does not fit, until blocks are freed
+        ("has_ended", np.int64),  # 1 if a request ended since the last call: vLLM then makes one more call
+        ("n_free_slots", np.int64),
+        # what comes from outside
+        ("next_arrival", np.int64),  # in the list
+        ("list_end", np.int64),  # requests of the list that may be sent, as far as stages have begun
+        ("n_heap", np.int64),
+        ("next_abort", np.int64),
+        ("next_output_abort", np.int64),
+        ("n_places", np.int64),
+        ("n_stage_left", np.int64),  # requests of the present stage whose clients still wait
+        ("next_give_up", np.int64),
+        # the batch
+        ("n_decoding", np.int64),  # requests that the next call schedules one token for
+        ("sum_base", np.int64),  # sum of `slots.rows.base` over them
+        ("next_finish", np.int64),  # smallest `slots.rows.finish_call` over them
+        ("prefill_slot", np.int64),  # the one request whose prompt is computed in part, or -1
+        ("n_keyed_outputs", np.int64),  # decoding requests whose output other requests can hit
+        ("n_in_flight", np.int64),
+        ("flight_call", np.int64, (2,)),  # oldest first
+        ("flight_finishes", np.int64, (2,)),
+        ("flight_end_us", np.float64, (2,)),
+        ("needs_duration", np.int64),  # 1 if the loop waits for the duration of the step it just scheduled
+        ("duration_us", np.float64),  # which is given here
+        ("now_us", np.float64),
+        ("gpu_free_us", np.float64),
+        ("has_changed", np.int64),  # 1 if a request was admitted, preempted or has ended since `rejected` was computed
+        ("rejected", np.float64),  # requests that the offload pool rejects, see `offload`
+        # the step record
+        ("n_rows", np.int64),
+        ("n_row_items", np.int64),
+        ("n_row_preempted", np.int64),
+        ("n_row_cached", np.int64),
+        ("n_drawn", np.int64),  # steps drawn for the sample of steps
+    ],
+    align=True,
+)
 
-# Elements of a batch: what the step time depends on.
-PREFILL_REQS, PREFILL_TOKENS, PREFILL_KV, PREFILL_PAIRS, DECODE_REQS, DECODE_KV, N_WAITING, HAS_FINISH = range(8)
-SIZE_BATCH = 8
+# The batch just scheduled, one row: what the step time depends on.
+BATCH = np.dtype(
+    [
+        ("prefill_reqs", np.int64),
+        ("prefill_tokens", np.int64),
+        ("prefill_kv", np.int64),
+        ("prefill_pairs", np.int64),
+        ("decode_reqs", np.int64),
+        ("decode_kv", np.int64),
+        ("n_waiting", np.int64),
+        ("has_finish", np.int64),
+    ],
+    align=True,
+)
 
-# Elements of `clock`, in microseconds.
-NOW = 0
-FLIGHT_END = 1  # two elements
-GPU_FREE = 3
-DURATION = 4  # given from outside for the step in `RESUME`
-REJECTED = 5  # requests, not a time: see `offload`
-SIZE_CLOCK = 6
+BLOCK_COUNTS = np.dtype([("free", np.int64), ("spare", np.int64)])  # blocks in the free queue; rows of it not in use
+
+# Single rows of these kinds.
+State = Any
+Batch = Any
+
+
+def one_row(kind: np.dtype) -> Any:
+    """A row of zeros whose fields are attributes, here and in compiled code."""
+    return np.zeros(1, kind).view(np.recarray)[0]
 
 
 class Limits(NamedTuple):
@@ -219,10 +244,7 @@ class Pool(NamedTuple):
     chain_start: IntArray  # see `prefix.PrefixTable`
     segments: Rows  # SEGMENT_ROW
     ghost: Int32Array  # per slot: the entry of a preempted request's own cached blocks, or 0
-    n: IntArray  # N_FREE, N_SPARE
-
-
-N_FREE, N_SPARE = 0, 1
+    n: Any  # BLOCK_COUNTS
 
 
 class Times(NamedTuple):
@@ -246,14 +268,40 @@ class Times(NamedTuple):
     overlap: int
 
 
+# One row a recorded step.
+STEP_ROW = np.dtype(
+    [
+        ("call", np.int64),
+        ("running_depth", np.int64),
+        ("waiting_depth", np.int64),
+        ("num_prefill_reqs", np.int64),
+        ("num_decode_reqs", np.int64),
+        ("prefill_tokens", np.int64),
+        ("decode_tokens", np.int64),
+        ("num_finished", np.int64),
+        ("num_preempted", np.int64),
+        ("kv_blocks_free", np.int64),
+        ("decode_kv_tokens", np.int64),
+        ("prefill_kv_tokens", np.int64),
+        ("prefill_pairs", np.int64),
+        ("items_end", np.int64),
+        ("preempted_end", np.int64),
+        ("cached_end", np.int64),
+        ("schedule_us", np.float64),
+        ("start_us", np.float64),
+        ("end_us", np.float64),
+    ],
+    align=True,
+)
+
+
 class Record(NamedTuple):
     """The step record, filled and drained by turns, and the distribution of gaps between tokens."""
 
     is_on: int
     keep_empty: int
     sample: Int8Array  # 1: keep the step
-    ints: IntArray  # (rows, len(ROW_INTS))
-    floats: FloatArray  # (rows, len(ROW_FLOATS))
+    rows: Rows  # STEP_ROW
     item_request: Int32Array
     item_tokens: Int32Array
     item_kv: Int32Array
@@ -263,25 +311,3 @@ class Record(NamedTuple):
     cached_tokens: Int32Array
     gap_counts: IntArray  # (stages, bins)
     gap_sums: FloatArray  # (stages,)
-
-
-ROW_INTS = (
-    "call",
-    "running_depth",
-    "waiting_depth",
-    "num_prefill_reqs",
-    "num_decode_reqs",
-    "prefill_tokens",
-    "decode_tokens",
-    "num_finished",
-    "num_preempted",
-    "kv_blocks_free",
-    "decode_kv_tokens",
-    "prefill_kv_tokens",
-    "prefill_pairs",
-    "items_end",
-    "preempted_end",
-    "cached_end",
-)
-ROW_ITEMS_END, ROW_PREEMPTED_END, ROW_CACHED_END = 13, 14, 15
-ROW_FLOATS = ("schedule_us", "start_us", "end_us")

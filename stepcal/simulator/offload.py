@@ -8,39 +8,37 @@ of the whole pool and a warning in the log, each time, inside ``schedule()``.
 Who holds the pool is not simulated block by block, see `stepcal.specs.kv_offloading.rejected_requests` for the estimate.
 """
 
-from stepcal.simulator import layout as at
 from stepcal.simulator.compilation import inlined
-from stepcal.simulator.layout import Limits, Pool, Slots
-from stepcal.units import FloatArray, IntArray
+from stepcal.simulator.layout import Limits, Pool, Slots, State
 
 REFRESH_CALLS = 64
 """Calls after which the number of rejected requests is computed anew where no request came or went."""
 
 
 @inlined
-def refresh_rejected(limits: Limits, slots: Slots, pool: Pool, counts: IntArray, clock: FloatArray) -> None:
+def refresh_rejected(limits: Limits, slots: Slots, pool: Pool, state: State) -> None:
     """Compute the requests that the pool rejects, before a call is made, if requests came or went since the last one."""
     if limits.offload_blocks == 0:
         return
-    if counts[at.HAS_CHANGED] == 0 and counts[at.N_CALLS] % REFRESH_CALLS:
+    if state.has_changed == 0 and state.n_calls % REFRESH_CALLS:
         return
-    counts[at.HAS_CHANGED] = 0
-    held = limits.usable_blocks - pool.n[at.N_FREE]
-    clock[at.REJECTED] = 0.0
-    n_running, n_output = counts[at.N_RUNNING], 0
+    state.has_changed = 0
+    held = limits.usable_blocks - pool.n.free
+    state.rejected = 0.0
+    n_running, n_output = state.n_running, 0
     if held > limits.offload_blocks and n_running > 0:
         for i in range(n_running):
             n_output += slots.rows.output[slots.running[i]]
         satisfied = n_running * limits.offload_blocks / held
         waits = min(1.0, n_output / (2.0 * limits.block_size * n_running * n_running))
-        clock[at.REJECTED] = n_running - satisfied * (1.0 - waits)
+        state.rejected = n_running - satisfied * (1.0 - waits)
 
 
 @inlined
-def calls_until_refresh(limits: Limits, counts: IntArray, n: int, has_pending: bool) -> int:
+def calls_until_refresh(limits: Limits, state: State, n: int, has_pending: bool) -> int:
     """Shorten a run of `n` calls so that none of them would have computed the number anew."""
     if limits.offload_blocks == 0:
         return n
     if has_pending:  # a request ends after the first of these calls
         return min(n, 1)
-    return min(n, REFRESH_CALLS - counts[at.N_CALLS] % REFRESH_CALLS)
+    return min(n, REFRESH_CALLS - state.n_calls % REFRESH_CALLS)

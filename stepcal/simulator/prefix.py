@@ -103,17 +103,10 @@ def find_shared_prefixes(
         n_nodes += int(n_blocks.sum())
         n_paths += first.size
     # A shared path has only shared ones before it, so what remains of each chain is its front.
-    chain_of_segment = np.repeat(candidates, length)
-    kept = np.bincount(chain_of_segment[is_shared], minlength=n_chains)
+    kept = np.bincount(np.repeat(candidates, length)[is_shared], minlength=n_chains)
     segment_end = ends[is_shared] // block_size
-    return PrefixTable(
-        chain,
-        np.concatenate(([0], np.cumsum(kept))).astype(np.int64),
-        offset[is_shared],
-        segment_end,
-        n_nodes,
-        int(segment_end.max(initial=0)),
-    )
+    chain_start = np.concatenate(([0], np.cumsum(kept))).astype(np.int64)
+    return PrefixTable(chain, chain_start, offset[is_shared], segment_end, n_nodes, int(segment_end.max(initial=0)))
 
 
 def _has_company(content: IntArray, weight: IntArray) -> np.ndarray:

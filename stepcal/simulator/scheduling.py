@@ -19,8 +19,7 @@ from stepcal.simulator.blocks import (
     touch_ghost,
 )
 from stepcal.simulator.compilation import compiled, inlined
-from stepcal.simulator.layout import Limits, Pool, Record, Requests, Slots
-from stepcal.units import IntArray
+from stepcal.simulator.layout import Limits, Pool, Record, Requests, Slots, State
 
 
 @inlined
@@ -30,9 +29,9 @@ def blocks_of(n_tokens: int, block_size: int) -> int:
 
 
 @inlined
-def start_decoding(slots: Slots, counts: IntArray, slot: int, block_size: int, stage: int) -> None:
+def start_decoding(slots: Slots, state: State, slot: int, block_size: int, stage: int) -> None:
     """The request's last known token is computed in this call; the next calls give it one token each."""
-    call = counts[at.N_CALLS]
+    call = state.n_calls
     finish_call = call + slots.rows.output[slot] - slots.rows.generated[slot] - 1
     slots.rows.state[slot] = at.SLOT_DECODE
     slots.rows.finish_call[slot] = finish_call
@@ -41,55 +40,55 @@ def start_decoding(slots: Slots, counts: IntArray, slot: int, block_size: int, s
         slots.rows.first_call[slot] = call
     if finish_call == call:
         return
-    counts[at.N_DECODING] += 1
-    counts[at.SUM_BASE] += slots.rows.base[slot]
-    counts[at.NEXT_FINISH] = min(counts[at.NEXT_FINISH], finish_call)
+    state.n_decoding += 1
+    state.sum_base += slots.rows.base[slot]
+    state.next_finish = min(state.next_finish, finish_call)
     slots.crossings[-slots.rows.base[slot] % block_size] += 1
     slots.stage_decoding[stage] += 1
     if slots.rows.keyed_limit[slot] > slots.rows.known[slot] // block_size:
-        counts[at.N_KEYED_OUTPUTS] += 1
+        state.n_keyed_outputs += 1
 
 
 @inlined
-def stop_decoding(slots: Slots, counts: IntArray, slot: int, block_size: int, stage: int) -> None:
+def stop_decoding(slots: Slots, state: State, slot: int, block_size: int, stage: int) -> None:
     """Take a request out of the sums over decoding requests."""
-    counts[at.N_DECODING] -= 1
-    counts[at.SUM_BASE] -= slots.rows.base[slot]
+    state.n_decoding -= 1
+    state.sum_base -= slots.rows.base[slot]
     slots.crossings[-slots.rows.base[slot] % block_size] -= 1
     slots.stage_decoding[stage] -= 1
     if slots.rows.keyed_limit[slot] > slots.rows.known[slot] // block_size:
-        counts[at.N_KEYED_OUTPUTS] -= 1
+        state.n_keyed_outputs -= 1
 
 
 @inlined
-def find_next_finish(slots: Slots, counts: IntArray, call: int) -> None:
+def find_next_finish(slots: Slots, state: State, call: int) -> None:
     """Smallest finish call of the running requests that is not before `call`."""
     smallest = at.NEVER
-    for i in range(counts[at.N_RUNNING]):
+    for i in range(state.n_running):
         finish = slots.running_finish[i]
         if finish >= call and finish < smallest:
             smallest = finish
-    counts[at.NEXT_FINISH] = smallest
+    state.next_finish = smallest
 
 
 @inlined
-def retire_last_tokens(limits: Limits, requests: Requests, slots: Slots, counts: IntArray, call: int) -> int:
+def retire_last_tokens(limits: Limits, requests: Requests, slots: Slots, state: State, call: int) -> int:
     """Requests whose last token is computed in `call` are not scheduled after it. Returns their number."""
     n_last = 0
-    for i in range(counts[at.N_RUNNING]):
+    for i in range(state.n_running):
         if slots.running_finish[i] == call:
             slot = slots.running[i]
-            stop_decoding(slots, counts, slot, limits.block_size, requests.rows.stage[slots.rows.request[slot]])
+            stop_decoding(slots, state, slot, limits.block_size, requests.rows.stage[slots.rows.request[slot]])
             n_last += 1
-    find_next_finish(slots, counts, call + 1)
+    find_next_finish(slots, state, call + 1)
     return n_last
 
 
 @compiled
-def register_outputs(limits: Limits, requests: Requests, slots: Slots, pool: Pool, counts: IntArray, call: int) -> None:
+def register_outputs(limits: Limits, requests: Requests, slots: Slots, pool: Pool, state: State, call: int) -> None:
     """Register blocks of generated text: synchronously when scheduled, asynchronously when the token is known."""
     lag = 0 if limits.flight_limit > 1 else 1
-    for i in range(counts[at.N_RUNNING]):
+    for i in range(state.n_running):
         slot = slots.running[i]
         if slots.rows.state[slot] == at.SLOT_DECODE and slots.rows.finish_call[slot] >= call:
             n_full = (slots.rows.base[slot] + call + lag) // limits.block_size
@@ -97,11 +96,11 @@ def register_outputs(limits: Limits, requests: Requests, slots: Slots, pool: Poo
 
 
 @compiled
-def next_registration(limits: Limits, slots: Slots, counts: IntArray) -> int:
+def next_registration(limits: Limits, slots: Slots, state: State) -> int:
     """The next call in which a block of generated text that others can hit becomes full."""
     lag = 0 if limits.flight_limit > 1 else 1
     earliest = at.NEVER
-    for i in range(counts[at.N_RUNNING]):
+    for i in range(state.n_running):
         slot = slots.running[i]
         if slots.rows.state[slot] == at.SLOT_DECODE and slots.rows.n_keyed[slot] < slots.rows.keyed_limit[slot]:
             call = limits.block_size * (slots.rows.n_keyed[slot] + 1) - slots.rows.base[slot] - lag
@@ -110,26 +109,26 @@ def next_registration(limits: Limits, slots: Slots, counts: IntArray) -> int:
 
 
 @compiled
-def _preempt_last(limits: Limits, requests: Requests, slots: Slots, pool: Pool, counts: IntArray, now_us: float) -> int:
+def _preempt_last(limits: Limits, requests: Requests, slots: Slots, pool: Pool, state: State, now_us: float) -> int:
     """Preempt the last running request: all its blocks are freed, and it goes to the front of the queue."""
-    call = counts[at.N_CALLS]
-    counts[at.N_RUNNING] -= 1
-    slot = slots.running[counts[at.N_RUNNING]]
+    call = state.n_calls
+    state.n_running -= 1
+    slot = slots.running[state.n_running]
     request = slots.rows.request[slot]
     if slots.rows.state[slot] == at.SLOT_DECODE:
         computed = slots.rows.base[slot] + call
         lag = 1 if limits.flight_limit > 1 else 0
         n_full = max(slots.rows.known[slot] // limits.block_size, (computed - lag) // limits.block_size)
         if slots.rows.finish_call[slot] >= call:
-            stop_decoding(slots, counts, slot, limits.block_size, requests.rows.stage[request])
-            if counts[at.NEXT_FINISH] == slots.rows.finish_call[slot]:
-                find_next_finish(slots, counts, call)
+            stop_decoding(slots, state, slot, limits.block_size, requests.rows.stage[request])
+            if state.next_finish == slots.rows.finish_call[slot]:
+                find_next_finish(slots, state, call)
         slots.rows.generated[slot] = slots.rows.output[slot] - slots.rows.finish_call[slot] + call - 1
         slots.rows.last_token_us[slot] = now_us
     else:
         computed = slots.rows.computed[slot]
         n_full = computed // limits.block_size
-        counts[at.PREFILL_SLOT] = -1
+        state.prefill_slot = -1
     slots.rows.state[slot] = at.SLOT_PREEMPTED
     n_blocks = blocks_of(computed, limits.block_size)
     n_keyed = slots.rows.n_keyed[slot]
@@ -140,11 +139,11 @@ def _preempt_last(limits: Limits, requests: Requests, slots: Slots, pool: Pool, 
         free_anonymous(pool, n_blocks)
     free_keyed(pool, slots, slot)
     slots.rows.known[slot] = slots.rows.prompt[slot] + slots.rows.generated[slot]
-    slots.preempted[counts[at.N_PREEMPTED]] = slot
-    counts[at.N_PREEMPTED] += 1
-    counts[at.HAS_CHANGED] = 1
-    counts[at.N_PREEMPTIONS] += 1
-    counts[at.IS_BLOCKED] = 0
+    slots.preempted[state.n_preempted] = slot
+    state.n_preempted += 1
+    state.has_changed = 1
+    state.n_preemptions += 1
+    state.is_blocked = 0
     requests.rows.preemptions[request] += 1
     return slot
 
@@ -155,7 +154,7 @@ def schedule_short_of_blocks(
     requests: Requests,
     slots: Slots,
     pool: Pool,
-    counts: IntArray,
+    state: State,
     record: Record,
     last_token_us: float,
 ) -> int:
@@ -165,17 +164,17 @@ def schedule_short_of_blocks(
     -------
     n_preempted
     """
-    call = counts[at.N_CALLS]
+    call = state.n_calls
     lag = 0 if limits.flight_limit > 1 else 1
     n_preempted, i = 0, 0
-    while i < counts[at.N_RUNNING]:
+    while i < state.n_running:
         slot = slots.running[i]
         if slots.rows.state[slot] == at.SLOT_DECODE and slots.rows.finish_call[slot] >= call:
             if (slots.rows.base[slot] + call) % limits.block_size == 0:
                 victim = -1
-                while pool.n[at.N_FREE] == 0 and victim != slot:
-                    victim = _preempt_last(limits, requests, slots, pool, counts, last_token_us)
-                    note_preemption(record, counts, slots.rows.request[victim])
+                while pool.n.free == 0 and victim != slot:
+                    victim = _preempt_last(limits, requests, slots, pool, state, last_token_us)
+                    note_preemption(record, state, slots.rows.request[victim])
                     n_preempted += 1
                 if victim == slot:
                     break
@@ -192,16 +191,16 @@ def schedule_short_of_blocks(
 
 
 @inlined
-def note_preemption(record: Record, counts: IntArray, request: int) -> None:
+def note_preemption(record: Record, state: State, request: int) -> None:
     """Keep a preempted request for the step's row."""
     if record.is_on:
-        record.preempted[counts[at.N_ROW_PREEMPTED]] = request
-        counts[at.N_ROW_PREEMPTED] += 1
+        record.preempted[state.n_row_preempted] = request
+        state.n_row_preempted += 1
 
 
 @compiled
 def schedule_prefill(
-    limits: Limits, requests: Requests, slots: Slots, pool: Pool, counts: IntArray, record: Record, budget: int
+    limits: Limits, requests: Requests, slots: Slots, pool: Pool, state: State, record: Record, budget: int
 ) -> int:
     """The next chunk of the one prompt that is computed in part (always the last of the running list).
 
@@ -210,20 +209,20 @@ def schedule_prefill(
     chunk
         Tokens, or 0 if it had to be preempted because its blocks were short.
     """
-    slot = counts[at.PREFILL_SLOT]
+    slot = state.prefill_slot
     request = slots.rows.request[slot]
     computed = slots.rows.computed[slot]
     chunk = min(slots.rows.known[slot] - computed, budget)
     n_new = blocks_of(computed + chunk, limits.block_size) - blocks_of(computed, limits.block_size)
-    if n_new > pool.n[at.N_FREE]:
-        _preempt_last(limits, requests, slots, pool, counts, np.nan)
-        note_preemption(record, counts, request)
+    if n_new > pool.n.free:
+        _preempt_last(limits, requests, slots, pool, state, np.nan)
+        note_preemption(record, state, request)
         return 0
     take_blocks(pool, n_new)
-    _add_chunk(limits, requests, slots, pool, counts, slot, computed, chunk)
+    _add_chunk(limits, requests, slots, pool, state, slot, computed, chunk)
     if slots.rows.state[slot] == at.SLOT_DECODE:
-        counts[at.PREFILL_SLOT] = -1
-        slots.running_finish[counts[at.N_RUNNING] - 1] = slots.rows.finish_call[slot]
+        state.prefill_slot = -1
+        slots.running_finish[state.n_running - 1] = slots.rows.finish_call[slot]
     return chunk
 
 
@@ -233,29 +232,29 @@ def _add_chunk(
     requests: Requests,
     slots: Slots,
     pool: Pool,
-    counts: IntArray,
+    state: State,
     slot: int,
     computed: int,
     chunk: int,
 ) -> None:
     request = slots.rows.request[slot]
     slots.rows.chunk[slot] = chunk
-    slots.rows.chunk_call[slot] = counts[at.N_CALLS]
+    slots.rows.chunk_call[slot] = state.n_calls
     slots.rows.computed[slot] = computed + chunk
     register(pool, slots, slot, requests.rows.chain[request], (computed + chunk) // limits.block_size)
     if computed + chunk == slots.rows.known[slot]:
-        start_decoding(slots, counts, slot, limits.block_size, requests.rows.stage[request])
+        start_decoding(slots, state, slot, limits.block_size, requests.rows.stage[request])
 
 
 @inlined
-def head_of_queue(requests: Requests, slots: Slots, counts: IntArray) -> int:
+def head_of_queue(requests: Requests, slots: Slots, state: State) -> int:
     """The slot of the request that is next to be admitted; a fresh one is shown in the next free slot."""
-    if counts[at.N_PREEMPTED]:
-        return slots.preempted[counts[at.N_PREEMPTED] - 1]
-    while requests.rows.status[requests.queue[counts[at.QUEUE_HEAD]]] != at.WAITING:
-        counts[at.QUEUE_HEAD] += 1  # aborted while it waited
-    request = requests.queue[counts[at.QUEUE_HEAD]]
-    slot = slots.free[counts[at.N_FREE_SLOTS] - 1]
+    if state.n_preempted:
+        return slots.preempted[state.n_preempted - 1]
+    while requests.rows.status[requests.queue[state.queue_head]] != at.WAITING:
+        state.queue_head += 1  # aborted while it waited
+    request = requests.queue[state.queue_head]
+    slot = slots.free[state.n_free_slots - 1]
     slots.rows.request[slot] = request
     slots.rows.prompt[slot] = requests.rows.prompt_tokens[request]
     slots.rows.output[slot] = requests.rows.output_tokens[request]
@@ -266,7 +265,7 @@ def head_of_queue(requests: Requests, slots: Slots, counts: IntArray) -> int:
 
 @inlined
 def admit(
-    limits: Limits, requests: Requests, slots: Slots, pool: Pool, counts: IntArray, slot: int, budget: int
+    limits: Limits, requests: Requests, slots: Slots, pool: Pool, state: State, slot: int, budget: int
 ) -> tuple[int, int]:
     """Admit the head of the queue if its first chunk fits.
 
@@ -287,18 +286,18 @@ def admit(
     cached = (n_hits + n_own) * block_size
     chunk = min(known - cached, budget)
     n_new = blocks_of(chunk, block_size)
-    if n_new + n_evictable + n_own > pool.n[at.N_FREE]:
+    if n_new + n_evictable + n_own > pool.n.free:
         return 0, 0
     touch(pool, slots, slot, n_hits)
     if n_own:
         touch_ghost(pool, slot)
     take_blocks(pool, n_new)
-    if counts[at.N_PREEMPTED]:
-        counts[at.N_PREEMPTED] -= 1
+    if state.n_preempted:
+        state.n_preempted -= 1
     else:
-        counts[at.QUEUE_HEAD] += 1
-        counts[at.N_QUEUED] -= 1
-        counts[at.N_FREE_SLOTS] -= 1
+        state.queue_head += 1
+        state.n_queued -= 1
+        state.n_free_slots -= 1
         requests.rows.status[request] = at.RUNNING
         requests.rows.cached_tokens[request] = cached
         slots.rows.first_call[slot] = at.NEVER
@@ -307,14 +306,14 @@ def admit(
         if pool.chain_start[chain + 1] > pool.chain_start[chain]:
             slots.rows.keyed_limit[slot] = pool.segments.end[pool.chain_start[chain + 1] - 1]
     slots.rows.state[slot] = at.SLOT_PREFILL
-    _add_chunk(limits, requests, slots, pool, counts, slot, cached, chunk)
-    i = counts[at.N_RUNNING]
+    _add_chunk(limits, requests, slots, pool, state, slot, cached, chunk)
+    i = state.n_running
     slots.running[i] = slot
     if slots.rows.state[slot] == at.SLOT_DECODE:
         slots.running_finish[i] = slots.rows.finish_call[slot]
     else:
         slots.running_finish[i] = at.NEVER
-        counts[at.PREFILL_SLOT] = slot
-    counts[at.N_RUNNING] = i + 1
-    counts[at.HAS_CHANGED] = 1
+        state.prefill_slot = slot
+    state.n_running = i + 1
+    state.has_changed = 1
     return chunk, cached

@@ -6,10 +6,8 @@ that are on their way are two heaps, so that clients act in the order of time wh
 
 import numpy as np
 
-from stepcal.simulator import layout as at
 from stepcal.simulator.compilation import compiled, inlined
-from stepcal.simulator.layout import Limits, Requests
-from stepcal.units import IntArray
+from stepcal.simulator.layout import Limits, Requests, State
 
 
 @inlined
@@ -19,10 +17,10 @@ def _is_before(requests: Requests, i: int, time: float, request: int) -> bool:
 
 
 @compiled
-def push_arrival(requests: Requests, counts: IntArray, time: float, request: int) -> None:
+def push_arrival(requests: Requests, state: State, time: float, request: int) -> None:
     """A request will reach the engine at a time."""
-    i = counts[at.N_HEAP]
-    counts[at.N_HEAP] = i + 1
+    i = state.n_heap
+    state.n_heap = i + 1
     while i > 0:
         parent = (i - 1) // 2
         if _is_before(requests, parent, time, request):
@@ -33,10 +31,10 @@ def push_arrival(requests: Requests, counts: IntArray, time: float, request: int
 
 
 @compiled
-def pop_arrival(requests: Requests, counts: IntArray) -> None:
+def pop_arrival(requests: Requests, state: State) -> None:
     """Drop the earliest of the requests on their way."""
-    counts[at.N_HEAP] -= 1
-    n = counts[at.N_HEAP]
+    state.n_heap -= 1
+    n = state.n_heap
     time, request = requests.heap.time[n], requests.heap.request[n]
     i, child = 0, 1
     while child < n:
@@ -50,9 +48,9 @@ def pop_arrival(requests: Requests, counts: IntArray) -> None:
 
 
 @compiled
-def _push_place(requests: Requests, counts: IntArray, time: float) -> None:
-    i = counts[at.N_PLACES]
-    counts[at.N_PLACES] = i + 1
+def _push_place(requests: Requests, state: State, time: float) -> None:
+    i = state.n_places
+    state.n_places = i + 1
     while i > 0 and requests.places[(i - 1) // 2] > time:
         requests.places[i] = requests.places[(i - 1) // 2]
         i = (i - 1) // 2
@@ -60,9 +58,9 @@ def _push_place(requests: Requests, counts: IntArray, time: float) -> None:
 
 
 @compiled
-def _pop_place(requests: Requests, counts: IntArray) -> None:
-    counts[at.N_PLACES] -= 1
-    n = counts[at.N_PLACES]
+def _pop_place(requests: Requests, state: State) -> None:
+    state.n_places -= 1
+    n = state.n_places
     time = requests.places[n]
     i, child = 0, 1
     while child < n:
@@ -76,27 +74,27 @@ def _pop_place(requests: Requests, counts: IntArray) -> None:
 
 
 @inlined
-def next_place(limits: Limits, requests: Requests, counts: IntArray) -> float:
+def next_place(limits: Limits, requests: Requests, state: State) -> float:
     """When the next client is free to take a request of the list; infinity if none is or nothing is left to take."""
-    if limits.max_in_flight == 0 or counts[at.N_PLACES] == 0 or counts[at.NEXT_ARRIVAL] == counts[at.LIST_END]:
+    if limits.max_in_flight == 0 or state.n_places == 0 or state.next_arrival == state.list_end:
         return np.inf
     return requests.places[0]
 
 
 @inlined
-def _take_next(requests: Requests, counts: IntArray) -> None:
+def _take_next(requests: Requests, state: State) -> None:
     """The client that is free first takes the next request: sent when its time has come and the client has thought."""
-    request = counts[at.NEXT_ARRIVAL]
-    counts[at.NEXT_ARRIVAL] = request + 1
+    request = state.next_arrival
+    state.next_arrival = request + 1
     ready_us = requests.places[0]
     if requests.think_us.size:
         ready_us += requests.think_us[request]
-    _pop_place(requests, counts)
-    push_arrival(requests, counts, max(requests.rows.arrival_us[request], ready_us), request)
+    _pop_place(requests, state)
+    push_arrival(requests, state, max(requests.rows.arrival_us[request], ready_us), request)
 
 
 @compiled
-def leave(limits: Limits, requests: Requests, counts: IntArray, request: int, time: float) -> None:
+def leave(limits: Limits, requests: Requests, state: State, request: int, time: float) -> None:
     """A client has its answer, or gave up: it is free. After the last one of a stage, the next stage begins.
 
     As all times here, `time` is when something sent at that moment would reach the engine.
@@ -107,16 +105,16 @@ def leave(limits: Limits, requests: Requests, counts: IntArray, request: int, ti
     if requests.stage_first.size:
         stage = requests.rows.stage[request]
         requests.stage_end_us[stage] = max(requests.stage_end_us[stage], time)
-        counts[at.N_STAGE_LEFT] -= 1
-        if counts[at.N_STAGE_LEFT] == 0:
-            begin_stage(limits, requests, counts, stage + 1, requests.stage_end_us[stage] + limits.stage_interval_us)
+        state.n_stage_left -= 1
+        if state.n_stage_left == 0:
+            begin_stage(limits, requests, state, stage + 1, requests.stage_end_us[stage] + limits.stage_interval_us)
             return
     if limits.max_in_flight:
-        _push_place(requests, counts, time)
+        _push_place(requests, state, time)
 
 
 @compiled
-def begin_stage(limits: Limits, requests: Requests, counts: IntArray, stage: int, time: float) -> None:
+def begin_stage(limits: Limits, requests: Requests, state: State, stage: int, time: float) -> None:
     """Open the list up to the end of a stage, or of the next one that has requests; all clients are free."""
     n_stages = requests.stage_first.size - 1
     while stage < n_stages and requests.stage_first[stage] == requests.stage_first[stage + 1]:
@@ -127,39 +125,39 @@ def begin_stage(limits: Limits, requests: Requests, counts: IntArray, stage: int
     first, end = requests.stage_first[stage], requests.stage_first[stage + 1]
     for i in range(first, end):
         requests.rows.arrival_us[i] += time
-    counts[at.LIST_END] = end
-    counts[at.N_STAGE_LEFT] = end - first
-    counts[at.N_PLACES] = min(limits.max_in_flight, end - first)
-    for i in range(counts[at.N_PLACES]):
+    state.list_end = end
+    state.n_stage_left = end - first
+    state.n_places = min(limits.max_in_flight, end - first)
+    for i in range(state.n_places):
         requests.places[i] = -np.inf
 
 
 @inlined
-def _next_to_give_up(limits: Limits, requests: Requests, counts: IntArray) -> float:
+def _next_to_give_up(limits: Limits, requests: Requests, state: State) -> float:
     """When the next client gives up that has not left yet; it is the one at `NEXT_GIVE_UP` of the queue."""
     if limits.timeout_us == np.inf:
         return np.inf
-    while counts[at.NEXT_GIVE_UP] < counts[at.QUEUE_TAIL]:
-        request = requests.queue[counts[at.NEXT_GIVE_UP]]
+    while state.next_give_up < state.queue_tail:
+        request = requests.queue[state.next_give_up]
         if not requests.rows.has_left[request]:
             return requests.rows.arrival_us[request] + limits.timeout_us
-        counts[at.NEXT_GIVE_UP] += 1
+        state.next_give_up += 1
     return np.inf
 
 
 @compiled
-def advance_clients(limits: Limits, requests: Requests, counts: IntArray, until: float) -> None:
+def advance_clients(limits: Limits, requests: Requests, state: State, until: float) -> None:
     """Let clients give up and take requests, in order of time, up to the next arrival and no further than `until`."""
     while True:
         arrival = np.inf
-        if counts[at.N_HEAP]:
+        if state.n_heap:
             arrival = requests.heap.time[0]
-        elif limits.max_in_flight == 0 and counts[at.NEXT_ARRIVAL] < counts[at.LIST_END]:
-            arrival = requests.rows.arrival_us[counts[at.NEXT_ARRIVAL]]
-        give_up, place = _next_to_give_up(limits, requests, counts), next_place(limits, requests, counts)
+        elif limits.max_in_flight == 0 and state.next_arrival < state.list_end:
+            arrival = requests.rows.arrival_us[state.next_arrival]
+        give_up, place = _next_to_give_up(limits, requests, state), next_place(limits, requests, state)
         if min(give_up, place) > min(until, arrival) or min(give_up, place) == np.inf:
             return
         if give_up <= place:
-            leave(limits, requests, counts, requests.queue[counts[at.NEXT_GIVE_UP]], give_up)
+            leave(limits, requests, state, requests.queue[state.next_give_up], give_up)
         else:
-            _take_next(requests, counts)
+            _take_next(requests, state)

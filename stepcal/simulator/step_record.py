@@ -5,29 +5,32 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import DTypeLike
 
 from stepcal.simulator import layout as at
 from stepcal.simulator.clock import N_GAP_BINS
 from stepcal.simulator.config import ServerConfig
-from stepcal.simulator.layout import Int8Array, Int32Array, Record
+from stepcal.simulator.layout import Int8Array, Int32Array, Record, State
 from stepcal.simulator.steptime import StepBatch
-from stepcal.units import FloatArray, IntArray
+from stepcal.units import NS_PER_US, IntArray
 
 _ROWS_PER_DRAIN = 1 << 14
-_NS_PER_US = 1000.0
+# Where the requests of a step end, the preempted and the admitted ones.
+_ENDS = ["items_end", "preempted_end", "cached_end"]
+# Columns of the step table that are those of `layout.STEP_ROW`.
+_TABLE_COLUMNS = at.STEP_ROW.names[1:10] if at.STEP_ROW.names else ()
 
 
 class StepRows:
     """Recorded steps: one row a step, and the requests of each step as slices of flat arrays.
 
-    ``items_end[i]`` is where the requests of step ``i`` end in ``item_request``, ``item_tokens`` (tokens scheduled),
-    ``item_kv`` (context including them) and ``item_is_prefill``; likewise for the preempted and the newly admitted
-    requests.
+    ``steps["items_end"][i]`` is where the requests of step ``i`` end in ``item_request``, ``item_tokens`` (tokens
+    scheduled), ``item_kv`` (context including them) and ``item_is_prefill``; likewise for the preempted and the newly
+    admitted requests.
     """
 
     def __init__(self, parts: list[dict[str, np.ndarray]]) -> None:
-        self.ints: IntArray = _join(parts, "ints", np.int64, len(at.ROW_INTS))
-        self.floats: FloatArray = _join(parts, "floats", np.float64, len(at.ROW_FLOATS))
+        self.steps: np.ndarray = _join(parts, "rows", at.STEP_ROW)
         self.item_request: Int32Array = _join(parts, "item_request", np.int32)
         self.item_tokens: Int32Array = _join(parts, "item_tokens", np.int32)
         self.item_kv: Int32Array = _join(parts, "item_kv", np.int32)
@@ -37,19 +40,18 @@ class StepRows:
         self.cached_tokens: Int32Array = _join(parts, "cached_tokens", np.int32)
 
     def __len__(self) -> int:
-        return self.ints.shape[0]
+        return self.steps.size
 
     def column(self, name: str) -> IntArray:
-        """An integer column of `layout.ROW_INTS`."""
-        return self.ints[:, at.ROW_INTS.index(name)]
+        """A column of `layout.STEP_ROW`, shape (n_steps,)."""
+        return np.ascontiguousarray(self.steps[name])
 
     def calls(self) -> Iterator[dict[str, list[Any]]]:
         """Each ``schedule()`` call as plain lists (for tests)."""
         all_scheduled = np.column_stack((self.item_request, self.item_tokens))
         all_cached = np.column_stack((self.cached_request, self.cached_tokens))
         items = preempted = cached = 0
-        for row in self.ints.tolist():
-            ends = row[at.ROW_ITEMS_END], row[at.ROW_PREEMPTED_END], row[at.ROW_CACHED_END]
+        for ends in self.steps[["items_end", "preempted_end", "cached_end"]].tolist():
             yield {
                 "scheduled": all_scheduled[items : ends[0]].tolist(),
                 "preempted": self.preempted[preempted : ends[1]].tolist(),
@@ -60,19 +62,18 @@ class StepRows:
     def table(self, experiment_id: str, kv_blocks: int) -> pa.Table:
         """The step table in the canonical schema, with the lengths behind each batch as list columns."""
         is_prefill = self.item_is_prefill.astype(bool)
-        starts = np.concatenate(([0], self.ints[:-1, at.ROW_ITEMS_END])) if len(self) else np.zeros(0, np.int64)
         n_prefill = self.column("num_prefill_reqs")
-        n_decode = np.diff(np.append(starts, self.ints[-1:, at.ROW_ITEMS_END])) - n_prefill
-        start_ns = np.rint(self.floats[:, 1] * _NS_PER_US).astype(np.int64)
-        end_ns = np.rint(self.floats[:, 2] * _NS_PER_US).astype(np.int64)
+        n_decode = np.diff(self.column("items_end"), prepend=0) - n_prefill
+        start_ns = np.rint(self.steps["start_us"] * NS_PER_US).astype(np.int64)
+        end_ns = np.rint(self.steps["end_us"] * NS_PER_US).astype(np.int64)
         columns: dict[str, pa.Array | np.ndarray] = {
             "experiment_id": pa.DictionaryArray.from_arrays(pa.array(np.zeros(len(self), np.int32)), [experiment_id]),
             "step_id": self.column("call"),
             "ts_start_ns": start_ns,
             "ts_end_ns": end_ns,
-            "duration_us": self.floats[:, 2] - self.floats[:, 1],
+            "duration_us": self.steps["end_us"] - self.steps["start_us"],
         }
-        for name in at.ROW_INTS[1:10]:
+        for name in _TABLE_COLUMNS:
             if name == "kv_blocks_free":
                 columns["kv_blocks_total"] = np.full(len(self), kv_blocks)
             columns[name] = self.column(name)
@@ -84,9 +85,8 @@ class StepRows:
         return pa.table(columns)
 
 
-def _join(parts: list[dict[str, np.ndarray]], name: str, dtype: type, width: int = 0) -> np.ndarray:
-    empty: np.ndarray = np.zeros((0, width) if width else 0, dtype)
-    return np.concatenate([empty, *(part[name] for part in parts)])
+def _join(parts: list[dict[str, np.ndarray]], name: str, dtype: DTypeLike) -> np.ndarray:
+    return np.concatenate([np.zeros(0, dtype), *(part[name] for part in parts)])
 
 
 def _lists(values: np.ndarray, lengths: np.ndarray) -> pa.ListArray:
@@ -112,8 +112,7 @@ class StepRecorder:
             is_on=int(is_on),
             keep_empty=int(keep_empty),
             sample=np.ones(n_rows, np.int8),
-            ints=np.zeros((n_rows, len(at.ROW_INTS)), np.int64),
-            floats=np.zeros((n_rows, len(at.ROW_FLOATS))),
+            rows=np.zeros(n_rows, at.STEP_ROW),
             item_request=np.zeros(n_items, np.int32),
             item_tokens=np.zeros(n_items, np.int32),
             item_kv=np.zeros(n_items, np.int32),
@@ -132,38 +131,37 @@ class StepRecorder:
         if self._fraction is not None and self._fraction < 1.0:
             self.record.sample[:] = self._rng.random(self.record.sample.size) < self._fraction
 
-    def last_batch(self, counts: IntArray) -> StepBatch:
+    def last_batch(self, state: State) -> StepBatch:
         """The batch just scheduled; its row goes unless the step table keeps it."""
-        record, row = self.record, counts[at.N_ROWS] - 1
-        start = record.ints[row - 1, at.ROW_ITEMS_END] if row else 0
-        items = slice(start, record.ints[row, at.ROW_ITEMS_END])
+        record, row = self.record, state.n_rows - 1
+        before = record.rows[_ENDS][row - 1] if row else (0, 0, 0)
+        items = slice(before[0], record.rows["items_end"][row])
         is_prefill = record.item_is_prefill[items].astype(bool)
         kv = record.item_kv[items]
         batch = StepBatch(
             prefill_chunk_tokens=record.item_tokens[items][is_prefill],
             prefill_kv_lens=kv[is_prefill],
             decode_kv_lens=kv[~is_prefill],
-            waiting=int(record.ints[row, at.ROW_INTS.index("waiting_depth")]),
+            waiting=int(record.rows["waiting_depth"][row]),
         )
         if self._fraction is None or self._rng.random() >= self._fraction:
-            ends = record.ints[row - 1, at.ROW_ITEMS_END :] if row else np.zeros(3, np.int64)
-            counts[[at.N_ROWS, at.N_ROW_ITEMS, at.N_ROW_PREEMPTED, at.N_ROW_CACHED]] = row, *ends
+            state.n_rows = row
+            state.n_row_items, state.n_row_preempted, state.n_row_cached = before
         return batch
 
-    def drain(self, counts: IntArray) -> None:
+    def drain(self, state: State) -> None:
         """Move the recorded rows out of the buffers."""
         if not self.record.is_on:
             return
-        ends = counts[[at.N_ROWS, at.N_ROW_ITEMS, at.N_ROW_PREEMPTED, at.N_ROW_CACHED]]
-        n_rows, n_items, n_preempted, n_cached = (int(n) for n in ends)
-        record = self.record
-        ints = record.ints[:n_rows].copy()
-        ints[:, at.ROW_ITEMS_END :] += self._offsets
+        n_items, n_preempted, n_cached = int(state.n_row_items), int(state.n_row_preempted), int(state.n_row_cached)
+        record, n_rows = self.record, int(state.n_rows)
+        rows = record.rows[:n_rows].copy()
+        for name, offset in zip(_ENDS, self._offsets, strict=True):
+            rows[name] += offset
         self._offsets = [self._offsets[0] + n_items, self._offsets[1] + n_preempted, self._offsets[2] + n_cached]
         self._parts.append(
             {
-                "ints": ints,
-                "floats": record.floats[:n_rows].copy(),
+                "rows": rows,
                 "item_request": record.item_request[:n_items].copy(),
                 "item_tokens": record.item_tokens[:n_items].copy(),
                 "item_kv": record.item_kv[:n_items].copy(),
@@ -173,7 +171,7 @@ class StepRecorder:
                 "cached_tokens": record.cached_tokens[:n_cached].copy(),
             }
         )
-        counts[[at.N_ROWS, at.N_ROW_ITEMS, at.N_ROW_PREEMPTED, at.N_ROW_CACHED, at.N_DRAWN]] = 0
+        state.n_rows = state.n_row_items = state.n_row_preempted = state.n_row_cached = state.n_drawn = 0
         if not self._draws_here:
             self._draw()
 

@@ -149,9 +149,10 @@ def timed_steps_of(run: EngineRun) -> list[dict]:
     """The recorded steps of a run, with their times."""
     recorded = run.recorder.rows()
     assert recorded is not None
+    times = recorded.steps[["schedule_us", "start_us", "end_us"]].tolist()
     return [
         {**step, "schedule_us": schedule, "start_us": start, "duration_us": end - start}
-        for step, (schedule, start, end) in zip(_steps(run), recorded.floats.tolist(), strict=True)
+        for step, (schedule, start, end) in zip(_steps(run), times, strict=True)
     ]
 
 

@@ -45,8 +45,9 @@ def run_some(**arguments: object) -> SimulationResult:
 def test_every_request_ends_in_exactly_one_status(runs: list[EngineRun]) -> None:
     for run in runs:
         assert set(run.requests.rows["status"]) <= {at.FINISHED, at.ABORTED}
-        assert run.counts[at.N_ENDED] == len(run.request_list)
-        assert run.counts[[at.N_RUNNING, at.N_PREEMPTED, at.N_QUEUED, at.N_DECODING, at.SUM_BASE]].tolist() == [0] * 5
+        assert run.state.n_ended == len(run.request_list)
+        left = ("n_running", "n_preempted", "n_queued", "n_decoding", "sum_base")
+        assert [run.state[name] for name in left] == [0] * 5
 
 
 def test_no_token_is_lost_or_made_twice(runs: list[EngineRun]) -> None:
@@ -97,7 +98,7 @@ def test_blocks_are_never_negative_nor_above_the_total(runs: list[EngineRun]) ->
         while entry:
             n_free += int(entries["count"][entry])
             entry = int(entries["next"][entry])
-        assert n_free == run.pool.n[at.N_FREE] == run.server.usable_blocks
+        assert n_free == run.pool.n.free == run.server.usable_blocks
 
 
 def test_limits_are_kept(runs: list[EngineRun]) -> None:
@@ -119,7 +120,7 @@ def test_work_conservation(runs: list[EngineRun]) -> None:
     for run in runs:
         recorded = run.recorder.rows()
         is_step = recorded.column("num_prefill_reqs") + recorded.column("num_decode_reqs") > 0
-        start, end = recorded.floats[is_step, 1], recorded.floats[is_step, 2]
+        start, end = recorded.column("start_us")[is_step], recorded.column("end_us")[is_step]
         assert (start[1:] >= end[:-1]).all()
         arrivals = np.sort(run.requests.rows["arrival_us"])
         for gap_end, gap_start in zip(start[1:], end[:-1], strict=True):
