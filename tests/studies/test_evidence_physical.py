@@ -18,8 +18,10 @@ from stepcal.experiments.folders import read_experiment_folder
 from stepcal.locations import data_folder
 from stepcal.step_time import coefficients
 from stepcal.step_time.coefficients import load_coefficients
-from stepcal.studies import registry as studies
+from stepcal.studies import registry, verdicts
 from stepcal.studies.evidence_physical import correlate_parts, h1b_evidence, h2b_evidence, h3_evidence
+from stepcal.studies.provenance import Provenance
+from stepcal.studies.study import Study
 
 runner = CliRunner()
 CRITERIA = {"h100_share", "h100_mean", "h100_mspe", "a100_each", "l40s_each"}
@@ -303,16 +305,16 @@ class TestH3:
 @pytest.mark.parametrize("hypothesis", ["h1b", "h2b", "h3"])
 def test_ours_have_no_published_figures(hypothesis) -> None:
     with pytest.raises(InputError, match="has no published figures"):
-        studies.verdict_of(hypothesis, published=True)
+        verdicts.verdict_of(hypothesis, published=True)
 
 
 def test_h1b_and_h2b_come_from_the_studies(monkeypatch) -> None:
     """Measured or recorded is the study's business; the verdict takes its tables and its provenance."""
     errors, folds, intervals = TestH2b().tables()
-    provenance = studies.Provenance("recorded", "0" * 64, 1, 16)
+    provenance = Provenance("recorded", "0" * 64, 1, 16)
     tables = {"physical_model": {"errors": errors, "folds": folds}, "physical_evidence": {"intervals": intervals}}
-    monkeypatch.setattr(studies, "load_study", lambda name, data=None: studies.Study(name, tables[name], provenance))
-    judged, source = studies.verdict_of("h2b")
+    monkeypatch.setattr(verdicts, "load_study", lambda name, data=None: Study(name, tables[name], provenance))
+    judged, source = verdicts.verdict_of("h2b")
     assert judged.verdict == "Supported"
     assert source.kind == "recorded"
-    assert {"physical_model", "physical_evidence"} <= set(studies.STUDIES)
+    assert {"physical_model", "physical_evidence"} <= set(registry.STUDIES)
