@@ -12,7 +12,7 @@ import pytest
 from hypothesis import settings
 
 from stepcal.datasets.catalogue import load_steps
-from stepcal.locations import project_root
+from stepcal.locations import shipped_folder
 from stepcal.specs.hardware import Accelerator, load_accelerator
 
 # The same examples on every machine, however slow it is at the moment; a bug hunt may raise the number.
@@ -26,7 +26,7 @@ MakeSteps = Callable[..., pd.DataFrame]
 def traces_folder() -> Path:
     """The folder of the public traces; tests that need it are skipped without it."""
     named = os.environ.get("STEPCAL_DATA")
-    folder = Path(named) if named else project_root().parent / "shared" / "data"
+    folder = Path(named) if named else shipped_folder().parent / "shared" / "data"
     if not (folder / "steps" / "enriched_steps.parquet").is_file():
         pytest.skip(f"no step traces in {folder}: set STEPCAL_DATA to the folder that holds them")
     return folder

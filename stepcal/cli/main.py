@@ -6,10 +6,11 @@ that does not hold, 2 bad input.
 
 from __future__ import annotations
 
+import logging
+import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import pandas as pd
 import typer
 
 from stepcal.cli.ingest import ingest
@@ -17,12 +18,24 @@ from stepcal.cli.output import Json, emit, reports_errors
 from stepcal.cli.simulate_command import simulate
 from stepcal.files import refuse_unwritable
 
+if TYPE_CHECKING:
+    import pandas as pd
+
 app = typer.Typer(
     help="How long does one step of an LLM server take? Fit step-time models to traces, judge them by frozen rules.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+@app.callback()
+def _messages() -> None:
+    """Show the package's own messages, on standard error."""
+    log = logging.getLogger("stepcal")
+    log.setLevel(logging.INFO)
+    log.handlers = [logging.StreamHandler(sys.stderr)]
+
 
 Data = Annotated[
     Path | None,
@@ -96,8 +109,8 @@ def verdict(
         Path | None,
         typer.Option(
             "--experiments",
-            help="Folder of experiments in the public layout; for h3, of the new runs to judge. Default: STEPCAL_DATA; h3 "
-            "is not evaluated without one.",
+            help="Folder of experiments in the public layout; for h3, of the new runs to judge. Default: STEPCAL_DATA; for "
+            "h3 the 31 runs of data/transfer.",
         ),
     ] = None,
     published: Annotated[
@@ -242,7 +255,7 @@ def download() -> None:
     Afterwards every command finds them there, and STEPCAL_DATA need not be set.
     """
     from stepcal.datasets import load_requests, load_steps, load_xgboost_predictions
-    from stepcal.datasets.catalogue import cache_folder
+    from stepcal.locations import cache_folder
 
     for load in (load_steps, load_xgboost_predictions, load_requests):
         typer.echo(f"{load.__name__.removeprefix('load_')}: {len(load(download=True)):,} rows", err=True)

@@ -4,14 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 
-from stepcal.datasets import read_requests_parquet
-from stepcal.datasets.request_traces import cut_and_scale, read_request_trace
-from stepcal.datasets.schemas import REQUEST_SCHEMA
 from stepcal.errors import InputError
 from stepcal.simulator import (
     Clients,
@@ -22,6 +18,9 @@ from stepcal.simulator import (
     replay_requests,
     replay_trace,
 )
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,6 +189,8 @@ def _replayed(
     path: Path, options: LoadOptions, workload: SharedPrefixWorkload | None
 ) -> tuple[RequestList, str, list[str]]:
     """Requests of a table or a trace, the name of its run, and notes."""
+    from stepcal.datasets.request_traces import cut_and_scale, read_request_trace
+
     canonical = None if options.format is not None else _canonical(path)
     if canonical is not None:
         table = _one_experiment(canonical, options)
@@ -225,6 +226,8 @@ def _replayed(
 
 def _canonical(path: Path) -> pd.DataFrame | None:
     """The table if the file is a request table as stepcal writes them, latencies and all; None otherwise."""
+    from stepcal.datasets import read_requests_parquet
+
     if path.suffix not in (".parquet", ""):
         return None
     try:
@@ -238,6 +241,8 @@ def _canonical(path: Path) -> pd.DataFrame | None:
 def _has_latencies(path: Path) -> bool:
     import pyarrow as pa
     import pyarrow.parquet as pq
+
+    from stepcal.datasets.schemas import REQUEST_SCHEMA
 
     try:
         names = set(pq.read_schema(path).names)

@@ -8,9 +8,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from stepcal.cli.served_load import LoadOptions, served_load, with_rejected
 from stepcal.errors import InputError
 from stepcal.files import refuse_unwritable, write_bytes_atomically
@@ -116,6 +113,9 @@ def _write_steps(
     result: SimulationResult, options: SimulateOptions, architecture: ModelArchitecture, name: str
 ) -> None:
     """Write the step table with the columns that a real trace has."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     table = result.step_table()
     if not table.num_rows:
         raise InputError(

@@ -14,6 +14,10 @@ from stepcal.datasets.facts import (
     published_xgboost,
     sources,
     table_columns,
+    transfer_measured,
+    transfer_peers,
+    transfer_runs,
+    transfer_sampling,
 )
 from stepcal.datasets.lifecycle import read_lifecycle_per_request, read_lifecycle_summary
 from stepcal.datasets.otlp import read_steps_otlp
@@ -49,6 +53,10 @@ __all__ = [
     "sources",
     "step_columns",
     "table_columns",
+    "transfer_measured",
+    "transfer_peers",
+    "transfer_runs",
+    "transfer_sampling",
     "validate_requests",
     "validate_steps",
 ]

@@ -35,6 +35,8 @@ _EXPERIMENT_NAME = re.compile(r"^\d{8}-\d{6}-(?P<model>.+)-tp(?P<tensor_parallel
 _STUDY = "inference-sim/inference-sim, branch stepml-experiments"
 _RUNS = "inference-sim public repositories (inference-sim, training, sim-to-real-accuracy-validation)"
 
+_TRANSFER = "inference-sim/sim-to-real-accuracy-validation"
+
 
 @dataclass(frozen=True)
 class _Model:
@@ -264,6 +266,27 @@ def _peers(layout: Path) -> pd.DataFrame:
     )
 
 
+def _transfer_runs(layout: Path) -> pd.DataFrame:
+    names = {"run": "experiment_id", "system_prompt_len": "system_prompt_tokens", "question_len": "question_tokens"}
+    return _csv(layout / "transfer" / "runs.csv").rename(columns={**names, "output_len": "output_tokens"})
+
+
+def _transfer_measured(layout: Path) -> pd.DataFrame:
+    table = _csv(layout / "transfer" / "measured.csv").rename(columns={"run": "experiment_id", "value_ms": "value"})
+    parts = table.pop("metric").str.split("_", expand=True)
+    table.insert(2, "metric", parts[0])
+    table.insert(3, "statistic", parts[1])
+    return table
+
+
+def _transfer_peers(layout: Path) -> pd.DataFrame:
+    return _csv(layout / "transfer" / "peers.csv").rename(columns={"run": "experiment_id"})
+
+
+def _transfer_sampling(layout: Path) -> pd.DataFrame:
+    return _csv(layout / "transfer" / "sampling.csv")
+
+
 def _public_files(layout: Path) -> pd.DataFrame:
     return _csv(layout / "public_files.csv")
 
@@ -303,6 +326,15 @@ _RECIPES: dict[str, tuple[Callable[[Path], pd.DataFrame], tuple[str, ...], str, 
         _NOT_RECORDED,
     ),
     "kernel_efficiency.csv": (summarise_kernels, (GEMM_FILE, DECODE_FILES, PREFILL_FILES), _RUNS, _NOT_RECORDED),
+    "transfer/runs.csv": (_transfer_runs, ("transfer/runs.csv",), _TRANSFER, _NOT_RECORDED),
+    "transfer/measured.csv": (_transfer_measured, ("transfer/measured.csv",), _TRANSFER, _NOT_RECORDED),
+    "transfer/peers.csv": (_transfer_peers, ("transfer/peers.csv",), _TRANSFER, _NOT_RECORDED),
+    "transfer/sampling.csv": (
+        _transfer_sampling,
+        ("transfer/sampling.csv",),
+        "model cards and generation_config.json",
+        _NOT_RECORDED,
+    ),
     "catalogue/public_files.csv": (_public_files, ("public_files.csv",), _RUNS, "a column of the table"),
     "catalogue/joined_tables.csv": (
         _joined_tables,

@@ -21,6 +21,7 @@ from stepcal.datasets.request_join import REPLAY_FOLDER, join_requests
 from stepcal.datasets.schemas import PREDICTION_SCHEMA
 from stepcal.datasets.tables import checked_table, content_sha256
 from stepcal.errors import InputError, MissingDataError
+from stepcal.locations import cache_folder
 from stepcal.units import BYTES_PER_MB
 
 with warnings.catch_warnings():
@@ -59,11 +60,6 @@ class PublicFile:
     def cached(self) -> Path:
         """Where a downloaded copy lies, whether or not it is there."""
         return cache_folder() / self.commit / Path(self.path).name
-
-
-def cache_folder() -> Path:
-    """Return the folder of downloaded files."""
-    return Path(pooch.os_cache("stepcal"))
 
 
 def load_steps(data: Path | str | None = None, *, download: bool = False) -> pd.DataFrame:

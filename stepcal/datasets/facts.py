@@ -12,7 +12,7 @@ from pathlib import Path
 import pandas as pd
 import pandera.pandas as pa
 
-from stepcal.datasets import fact_schemas
+from stepcal.datasets import fact_schemas, transfer_schemas
 from stepcal.datasets.tables import checked_table, column_dictionary
 from stepcal.errors import InputError, MissingDataError
 from stepcal.locations import data_folder
@@ -33,6 +33,10 @@ TABLES: dict[str, pa.DataFrameSchema] = {
     "catalogue/joined_tables.csv": fact_schemas.JOINED_TABLES,
     "sources.csv": fact_schemas.SOURCES,
     "hardware/accelerators.csv": fact_schemas.ACCELERATORS,
+    "transfer/runs.csv": transfer_schemas.RUNS,
+    "transfer/measured.csv": transfer_schemas.MEASURED,
+    "transfer/peers.csv": transfer_schemas.PEERS,
+    "transfer/sampling.csv": transfer_schemas.SAMPLING,
 }
 """Every table that ships: its path below ``data/`` and its schema. The last is written by hand, the rest built."""
 OVERLOADED_BELOW_SHARE = 0.95
@@ -82,6 +86,26 @@ def published_blis() -> pd.DataFrame:
 def peers() -> pd.DataFrame:
     """Return the predictions of seven public simulators beside what was measured."""
     return shipped_table("published/peers.csv")
+
+
+def transfer_runs() -> pd.DataFrame:
+    """Return the settings of 31 runs of other models, GPUs and precisions, that nothing here was fitted to."""
+    return shipped_table("transfer/runs.csv")
+
+
+def transfer_measured() -> pd.DataFrame:
+    """Return what the clients of those runs measured, by load stage."""
+    return shipped_table("transfer/measured.csv")
+
+
+def transfer_peers() -> pd.DataFrame:
+    """Return the mean E2E that public simulators predicted for those runs."""
+    return shipped_table("transfer/peers.csv")
+
+
+def transfer_sampling() -> pd.DataFrame:
+    """Return the sampling defaults of those runs' model families, with how sure each is."""
+    return shipped_table("transfer/sampling.csv")
 
 
 def kernel_efficiency() -> pd.DataFrame:

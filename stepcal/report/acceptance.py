@@ -8,7 +8,7 @@ from __future__ import annotations
 import pandas as pd
 
 from stepcal.errors import InputError
-from stepcal.locations import project_root
+from stepcal.locations import shipped_folder
 
 COLUMNS = ("id", "issue", "what", "target", "command", "measured", "date", "holds")
 NOT_MEASURED = "not measured"
@@ -25,7 +25,7 @@ def load() -> pd.DataFrame:
     InputError
         If a column is missing, an id occurs twice, or a row without a figure claims to hold.
     """
-    path = project_root() / "tests" / "acceptance.csv"
+    path = shipped_folder() / "tests" / "acceptance.csv"
     table = pd.read_csv(path, dtype=str, keep_default_na=False)
     if tuple(table.columns) != COLUMNS:
         raise InputError(f"{path} has the columns {', '.join(table.columns)}; it needs {', '.join(COLUMNS)}.")

@@ -17,7 +17,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 from stepcal.errors import InputError, StepcalError
-from stepcal.locations import project_root
+from stepcal.locations import shipped_folder
 from stepcal.studies.registry import SHARED_RESULTS, SOURCES, STUDIES, load_study
 
 KERNEL = "stepcal-report"
@@ -55,7 +55,7 @@ def build_report(output: Path, *, source: str = "measured", jobs: int = 2) -> Pa
     """
     if source not in SOURCES:
         raise InputError(f"`source={source!r}` is unknown; it is one of {', '.join(SOURCES)}.")
-    root, output = project_root(), output.resolve()
+    root, output = shipped_folder(), output.resolve()
     stage = output / "stage"
     _stage(root, stage)
     notebooks = sorted((root / "book").glob("*.ipynb"))

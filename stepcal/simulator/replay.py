@@ -1,12 +1,18 @@
 """Replay of a measured request trace: real arrivals, the workload's prompts."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import numpy as np
-import pandas as pd
 
 from stepcal.errors import InputError
 from stepcal.simulator.layout import Int32Array
 from stepcal.simulator.shared_prefix import SharedPrefixWorkload
 from stepcal.simulator.workload import RequestList
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 REQUIRED_COLUMNS = ("index", "arrival_time_us", "prompt_tokens", "output_tokens")
 _US_PER_S = 1e6
@@ -82,6 +88,8 @@ def _typical_length(
     number: np.ndarray, prompt_tokens: Int32Array, has_error: np.ndarray, workload: SharedPrefixWorkload
 ) -> Int32Array:
     """Median measured length of each request's prompt, shape (n,)."""
+    import pandas as pd
+
     medians = pd.Series(prompt_tokens[~has_error]).groupby(number[~has_error]).median()
     table = np.full(workload.n_prompts, workload.prompt_len, np.float64)
     table[medians.index.to_numpy()] = medians.to_numpy()

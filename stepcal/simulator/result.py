@@ -1,11 +1,11 @@
 """What a simulation gives back: a row for each request, summaries by stage of load, and on request the step table."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
-import pyarrow as pa
 
 from stepcal.errors import InputError
 from stepcal.simulator import layout as at
@@ -13,6 +13,10 @@ from stepcal.simulator.clock import gap_bin_centres
 from stepcal.simulator.step_record import StepRows
 from stepcal.simulator.workload import RequestList
 from stepcal.units import FloatArray, IntArray
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import pyarrow as pa
 
 _QUANTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
 _US_PER_MS, _US_PER_S = 1e3, 1e6
@@ -69,6 +73,8 @@ class SimulationResult:
 
     def request_table(self) -> pd.DataFrame:
         """One row a request: when it arrived, started, had its first token, finished; status, lengths, preemptions."""
+        import pandas as pd
+
         rows = self.rows
         status = pd.Categorical.from_codes(rows["status"].tolist(), categories=pd.Index(at.STATUS_NAMES))
         return pd.DataFrame(

@@ -1,10 +1,11 @@
 """The step record: buffers for the compiled loop, and the step table in the schema of a real trace."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyarrow as pa
 from numpy.typing import DTypeLike
 
 from stepcal.simulator import layout as at
@@ -13,6 +14,9 @@ from stepcal.simulator.config import ServerConfig
 from stepcal.simulator.layout import Int8Array, Int32Array, Record, State
 from stepcal.simulator.steptime import StepBatch
 from stepcal.units import NS_PER_US, IntArray
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 _ROWS_PER_DRAIN = 1 << 14
 # Where the requests of a step end, the preempted and the admitted ones.
@@ -61,6 +65,8 @@ class StepRows:
 
     def table(self, experiment_id: str, kv_blocks: int) -> pa.Table:
         """The step table in the canonical schema, with the lengths behind each batch as list columns."""
+        import pyarrow as pa
+
         is_prefill = self.item_is_prefill.astype(bool)
         n_prefill = self.column("num_prefill_reqs")
         n_decode = np.diff(self.column("items_end"), prepend=0) - n_prefill
@@ -90,6 +96,8 @@ def _join(parts: list[dict[str, np.ndarray]], name: str, dtype: DTypeLike) -> np
 
 
 def _lists(values: np.ndarray, lengths: np.ndarray) -> pa.ListArray:
+    import pyarrow as pa
+
     offsets = np.concatenate(([0], np.cumsum(lengths))).astype(np.int32)
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values.astype(np.int32)))
 

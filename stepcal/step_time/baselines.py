@@ -6,16 +6,19 @@ Every baseline has ``fit(train, valid) -> self`` and ``predict_us(steps)``, both
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol, Self
+from types import ModuleType
+from typing import TYPE_CHECKING, Protocol, Self
 
 import numpy as np
-import pandas as pd
-import xgboost
 
 from stepcal.errors import InputError
 from stepcal.specs.hardware import Accelerator
 from stepcal.step_time.decomposition import decompose
 from stepcal.units import FloatArray, IntArray
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import xgboost
 
 SMALLEST_STEP_US = 1.0
 BLACKBOX_FEATURES = ("prefill_tokens", "decode_tokens")
@@ -113,6 +116,8 @@ class BucketMedianRatio:
 
     def fit(self, train: pd.DataFrame, valid: pd.DataFrame) -> Self:
         """Take the median ratio of each bucket."""
+        import pandas as pd
+
         ratio = _nonempty(train)["duration_us"].to_numpy() / self.raw.predict_us(train)
         self.overall = float(np.median(ratio))
         medians = pd.Series(ratio).groupby(self._buckets(train)).median()
@@ -121,6 +126,8 @@ class BucketMedianRatio:
 
     def ratio(self, steps: pd.DataFrame) -> FloatArray:
         """Learned ratio of measured over analytical time, shape (n_steps,)."""
+        import pandas as pd
+
         ratio = pd.Series(self._buckets(steps)).map(self.ratios).fillna(self.overall)
         return np.asarray(ratio, dtype=np.float64)
 
@@ -185,6 +192,7 @@ class GradientBoosting:
 
     def fit(self, train: pd.DataFrame, valid: pd.DataFrame) -> Self:
         """Fit one model a setting and keep the one with the smallest validation error."""
+        xgboost = _xgboost()
         training, validation = self._matrix(_nonempty(train)), self._matrix(_nonempty(valid, "validation"))
         smallest = np.inf
         for depth in BOOSTING_DEPTHS:
@@ -214,12 +222,24 @@ class GradientBoosting:
         return {name: (float(value), "1") for name, value in self.settings.items()}
 
     def _matrix(self, steps: pd.DataFrame) -> xgboost.DMatrix:
+        xgboost = _xgboost()
         return xgboost.DMatrix(
             self._features(steps), label=np.log(steps["duration_us"].to_numpy(dtype=float)), nthread=1
         )
 
     def _features(self, steps: pd.DataFrame) -> FloatArray:
         return steps[self.features].to_numpy(dtype=float)
+
+
+def _xgboost() -> ModuleType:
+    try:
+        import xgboost
+    except ImportError:
+        raise InputError(
+            "Gradient boosting needs the package `xgboost-cpu`, which is not installed. `pip install 'stepcal[xgboost]'` "
+            "installs it."
+        ) from None
+    return xgboost
 
 
 def _nonempty(steps: pd.DataFrame, part: str = "training") -> pd.DataFrame:

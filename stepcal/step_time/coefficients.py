@@ -30,6 +30,8 @@ DEFAULT = "default"
 """The physical model as calibrated on 16 experiments, frozen in ``data/coefficients/``."""
 SHIPPED_VARIANTS = ("global9", "phase16", "model36")
 """The study's variants, whose fits to its public traces ship in ``data/coefficients/`` under their names."""
+FROZEN = (DEFAULT, "default-2026-11-24")
+"""Names of frozen coefficients: today's default, and earlier ones by the day they were frozen."""
 AFFINE = "affine"
 SUM = "sum"
 COMBINATIONS = (SUM, "max")
@@ -190,28 +192,28 @@ def load_coefficients(name_or_path: str) -> Coefficients:
     InputError
         If the name is unknown, the file is not a coefficient file, or the default was changed since it was frozen.
     """
-    if name_or_path == DEFAULT:
-        return _frozen_default()
+    if name_or_path in FROZEN:
+        return _frozen(name_or_path)
     if name_or_path in SHIPPED_VARIANTS:
         return _read(data_folder() / "coefficients" / f"{name_or_path}.json")
     path = Path(name_or_path)
     if not path.is_file():
         raise InputError(
             f"`{name_or_path}` is neither a file nor a set of coefficients. Known: "
-            f"{', '.join((DEFAULT, *SHIPPED_VARIANTS))}. `stepcal fit VARIANT --json FILE` writes a file."
+            f"{', '.join((*FROZEN, *SHIPPED_VARIANTS))}. `stepcal fit VARIANT --json FILE` writes a file."
         )
     return _read(path)
 
 
-def frozen_default_sha256() -> str:
-    """Return the SHA-256 under which ``data/coefficients/default.json`` was frozen."""
+def frozen_default_sha256(name: str = DEFAULT) -> str:
+    """Return the SHA-256 under which ``data/coefficients/<name>.json`` was frozen; `name` is one of `FROZEN`."""
     path = data_folder() / "coefficients" / "frozen.json"
-    return str(json.loads(path.read_text(encoding="utf-8"))["default.json"]["sha256"])
+    return str(json.loads(path.read_text(encoding="utf-8"))[f"{name}.json"]["sha256"])
 
 
-def _frozen_default() -> Coefficients:
-    path = data_folder() / "coefficients" / "default.json"
-    digest, frozen = hashlib.sha256(path.read_bytes()).hexdigest(), frozen_default_sha256()
+def _frozen(name: str) -> Coefficients:
+    path = data_folder() / "coefficients" / f"{name}.json"
+    digest, frozen = hashlib.sha256(path.read_bytes()).hexdigest(), frozen_default_sha256(name)
     if digest != frozen:
         raise InputError(
             f"{path} was changed after it was frozen: SHA-256 is {digest}, frozen was {frozen}. Restore it, or give "

@@ -7,7 +7,6 @@ compiled. Baselines that are no such sums become a table over prefill tokens and
 from __future__ import annotations
 
 import numpy as np
-import pandas as pd
 
 from stepcal.errors import InputError
 from stepcal.simulator import CompiledStepTime, ServerConfig, StepTime
@@ -118,12 +117,16 @@ def _raw_tables_us(deployment: Deployment) -> tuple[FloatArray, FloatArray]:
 
 
 def _bucket_table(baseline: BucketMedianRatio, prefill_us: FloatArray, decode_us: FloatArray) -> CompiledStepTime:
+    import pandas as pd
+
     ratios = baseline.ratio(pd.DataFrame({"decode_tokens": np.arange(decode_us.size)}))
     raw = np.maximum(prefill_us[:, None] + decode_us, SMALLEST_STEP_US)
     return CompiledStepTime(batch_us=raw * ratios)
 
 
 def _boosting_table(baseline: GradientBoosting, server: ServerConfig) -> CompiledStepTime:
+    import pandas as pd
+
     if tuple(baseline.features) != BATCH_FEATURES:
         raise InputError(
             f"Trees that see {', '.join(baseline.features)} cannot drive a simulator, which knows only "

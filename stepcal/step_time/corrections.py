@@ -8,10 +8,9 @@ its prediction and its gradient; it does not know how it is fitted.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
-import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
 from stepcal.errors import InputError
@@ -27,6 +26,9 @@ from stepcal.step_time.decomposition import (
     study_intensities,
 )
 from stepcal.units import BoolArray, FloatArray
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 SMALLEST_STEP_US = 1.0
 """Floor of a predicted step, as published."""

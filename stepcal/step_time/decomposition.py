@@ -6,10 +6,9 @@ decode, GEMM and attention. It is kept here exactly as published, its two faults
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
 from stepcal.errors import InputError
@@ -18,6 +17,9 @@ from stepcal.specs.deployment import Deployment
 from stepcal.specs.hardware import Accelerator
 from stepcal.specs.step_work import BYTES_PER_ACTIVATION, FLOPS_PER_MAC
 from stepcal.units import US_PER_S, FloatArray
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 STUDY_COMPONENTS = ("prefill_gemm", "prefill_attn", "decode_gemm", "decode_attn")
 """Order of the components wherever they are columns of an array."""
@@ -135,6 +137,8 @@ def decompose(steps: pd.DataFrame, accelerator: Accelerator) -> pd.DataFrame:
     InputError
         If a model is unknown or a tensor-parallel degree does not divide its heads.
     """
+    import pandas as pd
+
     components = np.zeros((len(steps), len(STUDY_COMPONENTS)))
     for rows, architecture, tensor_parallel in _server_groups(steps):
         components[rows] = study_components_us(
@@ -157,6 +161,8 @@ def intensities(steps: pd.DataFrame) -> FloatArray:
 
 def phase(steps: pd.DataFrame) -> pd.Series:
     """Name each step's phase: ``pure_prefill``, ``pure_decode``, ``mixed`` or ``empty``."""
+    import pandas as pd
+
     has_prefill, has_decode = steps["prefill_tokens"] > 0, steps["decode_tokens"] > 0
     names = np.select(
         [has_prefill & has_decode, has_prefill, has_decode], ["mixed", "pure_prefill", "pure_decode"], default="empty"

@@ -53,6 +53,8 @@ LEAVE_OUT_VARIANTS = {
     "workload": "leave_one_workload_out",
     "model": "leave_one_model_out",
 }
+H3_COEFFICIENTS = "default-2026-11-24"
+"""The coefficients that H3 froze."""
 SEEDS = range(5)
 """Seeds of the Poisson arrivals of H3, whose mean prediction is judged."""
 REPLAYED, POISSON = "measured arrivals, replayed", "Poisson arrivals, mean over seeds 0 to 4"
@@ -259,7 +261,7 @@ def h2b_evidence(errors: pd.DataFrame, folds: pd.DataFrame, intervals: pd.DataFr
 
 
 def h3_evidence(folder: Path | None, calibration_ids: set[str], *, accelerator: str | None = None) -> pd.DataFrame:
-    """Evidence for H3: every run of a folder of new experiments, simulated with the frozen default coefficients.
+    """Evidence for H3: every run of a folder of new experiments, simulated with the coefficients that it froze.
 
     Servers whose settings do not name their KV offloading are taken to have had the pool of the study's.
 
@@ -284,7 +286,7 @@ def h3_evidence(folder: Path | None, calibration_ids: set[str], *, accelerator: 
     InputError
         If the coefficients are not the frozen ones, or the folder cannot be read.
     """
-    coefficients = load_coefficients(DEFAULT)  # refuses a file of another hash
+    coefficients = load_coefficients(H3_COEFFICIENTS)  # refuses a file of another hash
     if folder is None:
         return _evidence([])
     cases, refused = read_supported_runs(folder, accelerator=accelerator, kv_offloading_gib=STUDY_OFFLOAD_GIB)

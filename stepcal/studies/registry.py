@@ -25,6 +25,8 @@ from stepcal.datasets import (
     load_steps,
     load_xgboost_predictions,
     simulated_step_rows,
+    transfer_measured,
+    transfer_runs,
 )
 from stepcal.datasets.catalogue import traces_folder
 from stepcal.datasets.splits import select_experiments
@@ -42,6 +44,7 @@ from stepcal.studies.physical_model import run_physical_model
 from stepcal.studies.provenance import MEASURED, RECORDED, SIMULATED, Provenance
 from stepcal.studies.records import read_recorded, record_exists
 from stepcal.studies.study import Study, StudyKind
+from stepcal.studies.transfer import run_transfer
 
 SOURCES = (MEASURED, SIMULATED)
 SHARED_RESULTS = "STEPCAL_SHARED_RESULTS"
@@ -51,6 +54,7 @@ RESCORED = "published_predictions"
 END_TO_END = "end_to_end"
 LABEL_AUDIT, RECONSTRUCTION = "label_audit", "reconstruction"
 ATTRIBUTION, OFFLOADING = "attribution", "offloading"
+TRANSFER = "transfer"
 PHYSICAL_MODEL, PHYSICAL_EVIDENCE, ABLATIONS = "physical_model", "physical_evidence", "ablations"
 STUDIES: dict[str, StudyKind] = {
     "h1": StudyKind(run_h1),
@@ -87,6 +91,9 @@ STUDIES: dict[str, StudyKind] = {
         simulates=False,
     ),
     ABLATIONS: StudyKind(run_ablations, (load_steps, load_requests), simulates=False, costly=True),
+    TRANSFER: StudyKind(
+        run_transfer, (lambda _: transfer_runs(), lambda _: transfer_measured()), simulates=False, costly=True
+    ),
 }
 """All studies by name."""
 

@@ -14,7 +14,7 @@ from stepcal.evaluation.verdict import Verdict, judge
 from stepcal.studies.evidence import h1_evidence, h2_evidence, published_h1_evidence, published_h2_evidence
 from stepcal.studies.evidence_physical import folder_sha256, h1b_evidence, h2b_evidence, h3_evidence
 from stepcal.studies.provenance import MEASURED, NO_EVIDENCE, Provenance
-from stepcal.studies.registry import END_TO_END, PHYSICAL_EVIDENCE, PHYSICAL_MODEL, load_study
+from stepcal.studies.registry import END_TO_END, PHYSICAL_EVIDENCE, PHYSICAL_MODEL, TRANSFER, load_study
 
 
 def verdict_of(
@@ -28,7 +28,7 @@ def verdict_of(
         ``h1``, ``h2``, ``h2_step``, ``h1b``, ``h2b``, ``h3`` or ``h4``.
     data : path, optional
         Folder of the public layout; defaults to `STEPCAL_DATA`, and to the recorded evidence without it. For ``h3`` a folder
-        of new experiments (`stepcal.experiments.folders`), without which it is not evaluated.
+        of new experiments (`stepcal.experiments.folders`), in place of the 31 runs of ``data/transfer/``.
     published : bool
         Judge the published per-experiment figures instead of our own.
     accelerator : str, optional
@@ -82,11 +82,12 @@ def _h2b(data: Path | str | None, _: str | None) -> tuple[pd.DataFrame, Provenan
 
 
 def _h3(data: Path | str | None, accelerator: str | None) -> tuple[pd.DataFrame, Provenance]:
-    """Judge new runs only: the folder of the calibration's traces (`STEPCAL_DATA`) has nothing to say here."""
-    folder = None if data is None else Path(data)
+    """Judge the 31 runs that ship, or the runs of a folder; `STEPCAL_DATA` has nothing to say here."""
+    if data is None:
+        study = load_study(TRANSFER)
+        return study["evidence"], study.provenance
+    folder = Path(data)
     evidence = h3_evidence(folder, set(experiments()["experiment_id"]), accelerator=accelerator)
-    if folder is None:
-        return evidence, Provenance(NO_EVIDENCE, "", 0, 0)
     n_runs = evidence["unit"].nunique()
     return evidence, Provenance(MEASURED, folder_sha256(folder), n_runs, n_runs)
 

@@ -11,7 +11,7 @@ from stepcal.calibration import least_squares as fitting
 from stepcal.calibration.least_squares import fit, log_ratio_jacobian, log_ratio_residuals
 from stepcal.datasets.splits import temporal_split
 from stepcal.errors import InputError
-from stepcal.locations import project_root
+from stepcal.locations import shipped_folder
 from stepcal.step_time.corrections import Global9, Model36, Phase16, StepFeatures
 
 QUOTIENTS = np.array([2.0, 3.0, 0.5])
@@ -242,7 +242,7 @@ print(hashlib.sha256(result.theta.tobytes()).hexdigest(), result.report())
 def _start_with_threads(threads):
     limits = dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))
     command, environment = [sys.executable, "-c", _FIT_AND_HASH], {**os.environ, **limits}
-    return subprocess.Popen(command, cwd=project_root(), env=environment, stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, cwd=shipped_folder(), env=environment, stdout=subprocess.PIPE, text=True)
 
 
 def test_the_same_data_give_the_same_bytes():

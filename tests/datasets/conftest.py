@@ -9,12 +9,12 @@ import pandas as pd
 import pytest
 
 from stepcal.datasets import step_columns
-from stepcal.locations import project_root
+from stepcal.locations import shipped_folder
 
 
 def _public_layout() -> Path | None:
     named = os.environ.get("STEPCAL_DATA")
-    folder = Path(named) if named else project_root().parent / "shared" / "data"
+    folder = Path(named) if named else shipped_folder().parent / "shared" / "data"
     return folder if (folder / "experiments").is_dir() else None
 
 

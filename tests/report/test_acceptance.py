@@ -15,7 +15,7 @@ def table_of(monkeypatch, tmp_path):
         (tmp_path / "tests").mkdir(exist_ok=True)
         full = dict.fromkeys(acceptance.COLUMNS, "x") | {"id": "a", "issue": "2"} | row
         pd.DataFrame([full]).to_csv(tmp_path / "tests" / "acceptance.csv", index=False)
-        monkeypatch.setattr("stepcal.report.acceptance.project_root", lambda: tmp_path)
+        monkeypatch.setattr("stepcal.report.acceptance.shipped_folder", lambda: tmp_path)
 
     return write
 

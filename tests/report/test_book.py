@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from stepcal.locations import book_folder, project_root
+from stepcal.locations import book_folder, shipped_folder
 
 NOTEBOOKS = sorted(book_folder().glob("*.ipynb"))
 
@@ -53,7 +53,7 @@ class TestNotebook:
 
 
 def test_every_page_is_in_the_table_of_contents_and_exists():
-    toc = yaml.safe_load((project_root() / "_toc.yml").read_text())
+    toc = yaml.safe_load((shipped_folder() / "_toc.yml").read_text())
     files = [toc["root"], *(c["file"] for part in toc["parts"] for c in part["chapters"])]
     pages = {f"book/{p.stem}" for p in book_folder().iterdir() if p.suffix in {".md", ".ipynb"}}
     assert set(files) == pages
@@ -90,14 +90,14 @@ def test_no_rendered_page_shows_a_role_or_tex():
 
 
 def rendered_pages():
-    folder = Path(project_root() / "_build" / "html" / "book")
+    folder = Path(shipped_folder() / "_build" / "html" / "book")
     if not folder.is_dir():
         pytest.skip("the book has not been built here (make report)")
     return sorted(folder.glob("*.html"))
 
 
 def test_no_page_loads_anything_from_elsewhere():
-    pages = Path(project_root() / "_build" / "html")
+    pages = Path(shipped_folder() / "_build" / "html")
     if not pages.is_dir():
         pytest.skip("the book has not been built here (make report)")
     loads = re.compile(

@@ -213,7 +213,7 @@ def test_a_file_that_is_no_text_is_refused(tmp_path) -> None:
 
 @pytest.mark.parametrize("name", ["model37", "", "no/such/file.json"])
 def test_an_unknown_name_lists_the_recorded_ones(name: str) -> None:
-    with pytest.raises(InputError, match=r"neither a file nor a set of coefficients\. Known: default, global9, ph"):
+    with pytest.raises(InputError, match=r"set of coefficients\. Known: default, default-2026-11-24, global9, ph"):
         load_coefficients(name)
 
 
