@@ -15,6 +15,7 @@ import typer
 
 from stepcal.cli.ingest import ingest
 from stepcal.cli.output import Json, emit, reports_errors
+from stepcal.cli.report import report
 from stepcal.cli.simulate_command import simulate
 from stepcal.files import refuse_unwritable
 
@@ -280,21 +281,6 @@ def record(
         raise typer.Exit(1)
 
 
-@app.command()
-@reports_errors
-def report(
-    output: Annotated[Path, typer.Option("--output", help="Folder for the built book.")] = Path("_build"),
-    source: Annotated[
-        str, typer.Option("--source", help="measured (recorded where traces are missing) or simulated.")
-    ] = "measured",
-    jobs: Annotated[int, typer.Option("--jobs", min=1, help="Notebooks that run at once.")] = 2,
-) -> None:
-    """Execute the notebooks and build the book; prints the path of its first page."""
-    from stepcal.report.build import build_report
-
-    typer.echo(str(build_report(output, source=source, jobs=jobs)))
-
-
 def _load_rows(data: Path | None) -> pd.DataFrame:
     from stepcal.datasets import load_steps, read_steps
 
@@ -308,6 +294,7 @@ def _estimate(estimate: Any) -> dict[str, Any]:
 
 app.command()(reports_errors(ingest))
 app.command()(reports_errors(simulate))
+app.command()(reports_errors(report))
 
 if __name__ == "__main__":
     app()

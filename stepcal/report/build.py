@@ -1,137 +1,268 @@
-"""Builds the book: notebooks are executed by papermill, then Jupyter Book renders pages and outputs.
+"""Builds the book as a graph: studies, then the pages that show them, then the rendering, then the swap.
 
-The checkout stays as it is. Sources are staged in ``<output>/stage``, executed there, and rendered to ``<output>/html``.
+Each page has a content address (`stepcal.report.fingerprint`); what has been executed under the same address is taken from
+the cache. The checkout stays as it is, and so does the last book until the new one is complete.
+
+``<output>/html`` is the book, ``<output>/cache`` what was executed, ``<output>/work`` what the renderer keeps.
 """
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
+import re
 import shutil
-import subprocess
-import sys
-import time
-from concurrent.futures import ProcessPoolExecutor
-from functools import partial
-from multiprocessing import get_context
+import signal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from stepcal.errors import InputError, StepcalError
+from stepcal.errors import InputError
 from stepcal.locations import shipped_folder
-from stepcal.studies.registry import SHARED_RESULTS, SOURCES, STUDIES, load_study
+from stepcal.report import fingerprint, staging
+from stepcal.report.execution import Executed, PageCache, ReportError, code_cells, execute, install_kernel, run_attached
+from stepcal.report.execution import with_outputs as _with_outputs
+from stepcal.report.finishing import Facts, finish
+from stepcal.report.printing import print_book
+from stepcal.report.progress import BuildProgress
+from stepcal.report.rendering import render
+from stepcal.report.swap import only_builder, recover, take_place
+from stepcal.studies.registry import SHARED_RESULTS, SOURCES, STUDIES
 
-KERNEL = "stepcal-report"
-ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-"""Sums are then added in the same order on any number of cores."""
+UNUSED_DAYS = 30
+"""Executed pages that no build asked for in so many days are forgotten."""
+_BUILT = "build.json"
 
 
-class ReportError(StepcalError):
-    """A notebook failed or the book did not build; the message holds the end of the log."""
+@dataclass(frozen=True)
+class Page:
+    """A notebook of the book, with what it is executed with and its content address."""
+
+    name: str
+    path: Path
+    notebook: dict[str, Any]
+    parameters: dict[str, object]
+    key: str
+
+    @property
+    def studies(self) -> tuple[str, ...]:
+        """Studies that its code loads by name."""
+        return studies_in("\n".join(code_cells(self.notebook)))
 
 
-def build_report(output: Path, *, source: str = "measured", jobs: int = 2) -> Path:
-    """Execute all notebooks and build the book.
+def build_report(
+    output: Path,
+    *,
+    source: str = "measured",
+    data: Path | None = None,
+    jobs: int = 2,
+    only: str | None = None,
+    settings: Mapping[str, object] | None = None,
+    pdf: bool = False,
+) -> Path:
+    """Execute the notebooks that changed and build the book.
 
     Parameters
     ----------
     output : Path
-        Folder to build in; its ``stage`` and ``html`` are replaced.
+        Folder to build in; its ``html`` is replaced once the new book is complete.
     source : str
         Passed to every notebook: ``measured``, or ``simulated`` for a book on simulated rows that says so on every page.
+    data : Path, optional
+        Folder with the traces; by default the one that STEPCAL_DATA names.
     jobs : int
         Notebooks that run at once.
+    only : str, optional
+        Execute this page alone. Others are shown as they were last executed with the same code and data, or not at all.
+    settings : mapping, optional
+        Parameters that replace the defaults of every page that takes them.
+    pdf : bool
+        Print the whole book to ``stepcal.pdf`` too, with Chromium.
 
     Returns
     -------
     Path
-        The first page.
+        The first page, or the page that `only` names.
 
     Raises
     ------
     InputError
-        If `source` is unknown.
+        If `source`, `only` or a setting is unknown, or `data` is no folder.
     ReportError
-        If a notebook fails, or Sphinx warns: the book is built with warnings as errors.
+        If a notebook fails, Sphinx warns, the build is stopped, or another one holds `output`. The last book then stands.
     """
     if source not in SOURCES:
         raise InputError(f"`source={source!r}` is unknown; it is one of {', '.join(SOURCES)}.")
+    if data is not None and not data.is_dir():
+        raise InputError(f"`--data {data}` is not a folder that exists.")
     root, output = shipped_folder(), output.resolve()
-    stage = output / "stage"
-    _stage(root, stage)
-    notebooks = sorted((root / "book").glob("*.ipynb"))
-    shared = output / "shared"
-    shutil.rmtree(shared, ignore_errors=True)
-    shared.mkdir(parents=True)
-    os.environ.update(ONE_THREAD, **{SHARED_RESULTS: str(shared), "JUPYTER_PATH": str(_own_kernel(output / "jupyter"))})
-    with ProcessPoolExecutor(max_workers=jobs, mp_context=get_context("spawn")) as pool:
-        list(pool.map(partial(load_study, source=source), STUDIES))
-        runs = [pool.submit(execute_notebook, n, stage / "book" / n.name, {"source": source}) for n in notebooks]
-        for notebook, run in zip(notebooks, runs, strict=True):
-            print(f"  {notebook.name}: {run.result():.1f} s", file=sys.stderr)
-    _build(stage, output)
-    return output / "html" / "index.html"
+    if data is not None:
+        os.environ["STEPCAL_DATA"] = str(data.resolve())
+    with only_builder(output):
+        recover(output / "html")
+        pages = _pages(root, {**(settings or {}), "source": source}, bool(settings))
+        shown = staging.page_path(root, only).stem if only else Path(staging.read_toc(root)[0]).stem
+        asyncio.run(_Build(root, output, jobs, pdf).run(pages, shown if only else None))
+        return output / "html" / "book" / f"{shown}.html" if only else output / "html" / "index.html"
 
 
-def execute_notebook(notebook: Path, executed: Path, parameters: dict[str, object]) -> float:
-    """Execute one notebook with papermill and return the seconds it took.
-
-    Raises
-    ------
-    ReportError
-        Naming the notebook and what its failing cell said.
-    """
-    import papermill
-
-    started = time.perf_counter()
-    try:
-        papermill.execute_notebook(
-            notebook, executed, parameters=parameters, kernel_name=KERNEL, cwd=notebook.parent, progress_bar=False
-        )
-    except papermill.PapermillExecutionError as error:
-        raise ReportError(f"{notebook.name} failed in cell {error.cell_index}: {error.ename}: {error.evalue}") from None
-    _hide_injected_parameters(executed)
-    return time.perf_counter() - started
+def studies_in(code: str) -> tuple[str, ...]:
+    """Return the studies that code loads by their literal names."""
+    found = re.findall(r"load_study\(\s*\"(\w+)\"", code)
+    found += [n.lower() for n in re.findall(r"load_study\(\s*\w+\.([A-Z_0-9]+)\b", code)]
+    return tuple(dict.fromkeys(n for n in found if n in STUDIES))
 
 
-def _hide_injected_parameters(executed: Path) -> None:
-    """Keep the cell that papermill adds off the page: the notebook's own parameters cell stands there already."""
-    notebook = json.loads(executed.read_text(encoding="utf-8"))
-    for cell in notebook["cells"]:
-        tags = cell["metadata"].get("tags", [])
-        if "injected-parameters" in tags:
-            cell["metadata"]["tags"] = [*tags, "remove-cell"]
-    executed.write_text(json.dumps(notebook), encoding="utf-8")
+def _pages(root: Path, settings: Mapping[str, object], has_settings: bool) -> list[Page]:
+    pages, taken = [], set[str]()
+    data_hash = _data_sha256(root)
+    versions = json.dumps(fingerprint.versions())
+    for name in staging.read_toc(root):
+        path = root / f"{name}.ipynb"
+        if not path.is_file():
+            continue
+        notebook = json.loads(path.read_text(encoding="utf-8"))
+        declared = staging.declared_parameters(notebook)
+        own = {n: v for n, v in settings.items() if n in declared}
+        taken |= set(own)
+        cells = code_cells(notebook)
+        code = fingerprint.code_sha256(root, "\n".join(cells))
+        key = fingerprint.page_key(cells, own, fingerprint.sha256_of(code, data_hash, versions))
+        pages.append(Page(path.stem, path, notebook, own, key))
+    unused = set(settings) - taken
+    if has_settings and unused:
+        raise InputError(f"No page takes {', '.join(f'`{n}`' for n in sorted(unused))}.")
+    return pages
 
 
-def _own_kernel(folder: Path) -> Path:
-    """Write a kernel that runs this very interpreter: a kernel named python3 may belong to another environment."""
-    spec = folder / "kernels" / KERNEL
-    spec.mkdir(parents=True, exist_ok=True)
-    launch = [sys.executable, "-m", "ipykernel_launcher", "--log-level=ERROR", "-f", "{connection_file}"]
-    content = {"argv": launch, "display_name": "stepcal report", "language": "python"}
-    (spec / "kernel.json").write_text(json.dumps(content), encoding="utf-8")
+class _Build:
+    """One build: what it reads, where it writes, how far it is."""
+
+    def __init__(self, root: Path, output: Path, jobs: int, pdf: bool) -> None:
+        self._pdf = pdf
+        self._root = root
+        self._output = output
+        self._jobs = jobs
+        self._cache = PageCache(output / "cache" / "pages")
+        self._progress = BuildProgress(self._cache.seconds(), jobs)
+
+    async def run(self, pages: Sequence[Page], only: str | None) -> None:
+        """Execute, render and swap; leave the last book where anything fails."""
+        task = asyncio.current_task()
+        if task is not None:
+            asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+        try:
+            await self._run(pages, only)
+        except asyncio.CancelledError:
+            raise ReportError("The build was stopped. The last book stands as it was.") from None
+        except BaseExceptionGroup as group:
+            failures, rest = group.split(ReportError)
+            if rest is not None or failures is None:
+                raise
+            raise _first(failures) from None
+
+    async def _run(self, pages: Sequence[Page], only: str | None) -> None:
+        executed = {p.name: found for p in pages if (found := self._cache.get(p.key))}
+        missing = [p for p in pages if p.name not in executed and only in {None, p.name}]
+        if missing:
+            executed |= await self._execute(missing)
+        days = {n: e.day for n, e in executed.items()}
+        facts = Facts.of(self._root, _data_sha256(self._root), days)
+        notebooks = {
+            f"{p.name}.ipynb": staging.framed(_with_outputs(p.notebook, executed[p.name]), p.name)
+            if p.name in executed
+            else staging.unexecuted(p.name)
+            for p in pages
+        }
+        stage, html = self._output / "work" / "stage", self._output / "html"
+        staging.stage_sources(self._root, stage, notebooks)
+        own = fingerprint.files_sha256(stage, self._root / "stepcal" / "report")
+        built = fingerprint.sha256_of(own, repr((facts, self._pdf)))
+        if _built(html) == built:
+            self._progress.say("  Nothing changed: the book is up to date.")
+            return
+        self._progress.say("  rendering")
+        rendered = await render(stage, self._output / "work" / "sphinx", self._output / "build.log")
+        new = self._output / ".html.new"
+        shutil.rmtree(new, ignore_errors=True)
+        shutil.copytree(rendered, new)
+        parameters = {p.name: p.parameters for p in pages}
+        private = [str(self._root), str(self._output), os.environ.get("STEPCAL_DATA") or str(self._root)]
+        finish(new, staging.read_toc(self._root), notebooks, parameters, facts, private)
+        if self._pdf:
+            self._progress.say("  printing")
+            await print_book(new)
+        (new / _BUILT).write_text(json.dumps({"built": built}), encoding="utf-8")
+        take_place(new, html)
+        self._cache.forget_before(UNUSED_DAYS)
+
+    async def _execute(self, pages: Sequence[Page]) -> dict[str, Executed]:
+        root, output = self._root, self._output
+        os.environ[SHARED_RESULTS] = str(_shared_folder(output, root))
+        kernels = install_kernel(output / "work" / "jupyter")
+        free = asyncio.Semaphore(self._jobs)
+        sources = {str(p.parameters.get("source", "measured")) for p in pages}
+        source = next(iter(sources))
+        wanted = [n for n in STUDIES if any(n in p.studies for p in pages)] if len(pages) > 1 else []
+        ready = {name: asyncio.Event() for name in wanted}
+        executed: dict[str, Executed] = {}
+
+        async def study(name: str) -> None:
+            async with free:
+                self._progress.started(f"study {name}")
+                await run_attached("study", name, source)
+                self._progress.ended(f"study {name}")
+            ready[name].set()
+
+        async def page(one: Page) -> None:
+            for name in one.studies:
+                if name in ready:
+                    await ready[name].wait()
+            async with free:
+                self._progress.started(one.name)
+                executed[one.name] = await execute(one.path, one.parameters, kernels)
+                self._cache.put(one.key, executed[one.name])
+                self._progress.ended(one.name)
+
+        names = [f"study {n}" for n in wanted] + [p.name for p in pages]
+        with self._progress.over(names):
+            async with asyncio.TaskGroup() as group:
+                for name in wanted:
+                    group.create_task(study(name))
+                for one in pages:
+                    group.create_task(page(one))
+        self._cache.note_seconds(self._progress.seconds)
+        return executed
+
+
+def _data_sha256(root: Path) -> str:
+    """Return a hash of all that pages read: the tables of facts, the frozen hypotheses, what was accepted, the traces."""
+    traces = [Path(p) for p in [os.environ.get("STEPCAL_DATA", "")] if p and Path(p).is_dir()]
+    facts = [root / "data", root / "book" / "preregistrations", root / "tests" / "acceptance.csv", *traces]
+    return fingerprint.files_sha256(*[f for f in facts if f.exists()])
+
+
+def _shared_folder(output: Path, root: Path) -> Path:
+    """Return the folder of studies computed with this very code and these facts; others are removed."""
+    code = fingerprint.code_sha256(root, "import stepcal.studies.registry")
+    facts = fingerprint.files_sha256(root / "data", root / "book" / "preregistrations")
+    folder = output / "cache" / "studies" / fingerprint.sha256_of(code, facts)[:16]
+    for other in folder.parent.glob("*"):
+        if other != folder:
+            shutil.rmtree(other, ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
-def _stage(root: Path, stage: Path) -> None:
-    shutil.rmtree(stage, ignore_errors=True)
-    shutil.copytree(root / "book", stage / "book", ignore=shutil.ignore_patterns("*.ipynb", ".ipynb_checkpoints"))
-    for name in ("_config.yml", "_toc.yml"):
-        shutil.copy2(root / name, stage / name)
+def _built(html: Path) -> str:
+    try:
+        return str(json.loads((html / _BUILT).read_text(encoding="utf-8"))["built"])
+    except (OSError, ValueError, KeyError):
+        return ""
 
 
-def _build(stage: Path, output: Path) -> None:
-    # Jupyter Book appends `_build` to its output path: build in a folder of its own and move the pages.
-    scratch = output / "book"
-    shutil.rmtree(scratch, ignore_errors=True)
-    program = Path(sys.executable).with_name("jupyter-book")
-    command = [str(program), "build", str(stage), "--path-output", str(scratch), "--all", "-W", "--keep-going"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    (output / "build.log").write_text(done.stdout + done.stderr, encoding="utf-8")
-    if done.returncode:
-        tail = "\n".join((done.stdout + done.stderr).splitlines()[-25:])
-        raise ReportError(f"The book did not build; the log is {output / 'build.log'}. Its end:\n{tail}")
-    pages = output / "html"
-    shutil.rmtree(pages, ignore_errors=True)
-    shutil.move(str(scratch / "_build" / "html"), pages)
-    shutil.rmtree(scratch, ignore_errors=True)
+def _first(group: BaseExceptionGroup[ReportError]) -> ReportError:
+    error = group.exceptions[0]
+    return _first(error) if isinstance(error, BaseExceptionGroup) else error

@@ -84,6 +84,18 @@ def write_recorded(name: str, recording: Recording, *, today: datetime.date | No
     return path
 
 
+def to_json(tables: dict[str, pd.DataFrame], texts: dict[str, str]) -> str:
+    """Return tables and texts as JSON; what is not finite is missing."""
+    content = {"texts": texts, "tables": {key: _plain(table) for key, table in tables.items()}}
+    return json.dumps(content, separators=(",", ":"), allow_nan=False) + "\n"
+
+
+def from_json(text: str) -> tuple[dict[str, pd.DataFrame], dict[str, str]]:
+    """Return the tables and texts that `to_json` wrote."""
+    content = json.loads(text)
+    return {key: _frame(table) for key, table in content["tables"].items()}, content["texts"]
+
+
 def _path(name: str) -> Path:
     return data_folder() / "recorded" / f"{name}.json"
 

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-import pickle
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypeVar
 
 import pandas as pd
 from threadpoolctl import threadpool_limits
@@ -31,7 +29,7 @@ from stepcal.datasets import (
 from stepcal.datasets.catalogue import traces_folder
 from stepcal.datasets.splits import select_experiments
 from stepcal.errors import InputError, MissingDataError
-from stepcal.files import write_bytes_atomically
+from stepcal.files import write_atomically
 from stepcal.studies.ablations import run_ablations
 from stepcal.studies.attribution import run_attribution
 from stepcal.studies.end_to_end import run_end_to_end
@@ -42,14 +40,14 @@ from stepcal.studies.kv_offloading import run_offloading
 from stepcal.studies.label_audit import run_label_audit, run_reconstruction
 from stepcal.studies.physical_model import run_physical_model
 from stepcal.studies.provenance import MEASURED, RECORDED, SIMULATED, Provenance
-from stepcal.studies.records import read_recorded, record_exists
-from stepcal.studies.study import Study, StudyKind
+from stepcal.studies.records import from_json, read_recorded, record_exists, to_json
+from stepcal.studies.study import Study, StudyKind, Tables
 from stepcal.studies.transfer import run_transfer
 
 SOURCES = (MEASURED, SIMULATED)
 SHARED_RESULTS = "STEPCAL_SHARED_RESULTS"
 """Environment variable that names the folder of a build's shared results."""
-T = TypeVar("T")
+TablesAndTexts = tuple[Tables, dict[str, str]]
 RESCORED = "published_predictions"
 END_TO_END = "end_to_end"
 LABEL_AUDIT, RECONSTRUCTION = "label_audit", "reconstruction"
@@ -160,22 +158,22 @@ def load_study(
     return Study(name, results, provenance, texts)
 
 
-def shared_result(key: object, compute: Callable[[], T]) -> T:
-    """Compute a result, or take it from the build that is under way.
+def shared_result(key: object, compute: Callable[[], TablesAndTexts]) -> TablesAndTexts:
+    """Compute tables and texts, or take them from earlier builds of the same code.
 
-    While a book is built several pages show the same study. The build names a new, empty folder in `SHARED_RESULTS`; what
-    one page computed lies there for the next. Outside a build everything is computed where it is asked for.
+    Several pages of a book show the same study. The build names a folder in `SHARED_RESULTS`, one for each state of the
+    code; what one page computed lies there for the next. Outside a build everything is computed where it is asked for.
     """
     folder = os.environ.get(SHARED_RESULTS)
     if not folder:
         return compute()
-    path = Path(folder) / f"{hashlib.sha256(repr(key).encode()).hexdigest()}.pickle"
+    path = Path(folder) / f"{hashlib.sha256(repr(key).encode()).hexdigest()}.json"
     if path.is_file():
-        stored: T = pickle.loads(path.read_bytes())
-        return stored
-    result = compute()
-    write_bytes_atomically(path, pickle.dumps(result))
-    return result
+        return from_json(path.read_text(encoding="utf-8"))
+    # What is computed goes the same way as what is read, so that a page shows the same the first time and later.
+    content = to_json(*compute())
+    write_atomically(path, content)
+    return from_json(content)
 
 
 def _provenance(kind: str, tables: Sequence[pd.DataFrame]) -> Provenance:

@@ -107,12 +107,15 @@ def test_unknown_names_are_refused(arguments, message):
 def test_a_build_computes_a_shared_result_once(monkeypatch, tmp_path):
     monkeypatch.setenv(studies.SHARED_RESULTS, str(tmp_path))
     calls = []
+    table = pd.DataFrame({"a": [0.1, np.nan], "b": ["u", "v"]})
 
     def compute():
         calls.append(1)
-        return {"x": 1}
+        return {"x": table}, {"note": "n"}
 
-    assert [studies.shared_result("key", compute) for _ in range(3)] == [{"x": 1}] * 3
+    for tables, texts in [studies.shared_result("key", compute) for _ in range(3)]:
+        pd.testing.assert_frame_equal(tables["x"], table, check_dtype=False)
+        assert texts == {"note": "n"}
     assert len(calls) == 1
     studies.shared_result("another key", compute)
     assert len(calls) == 2
