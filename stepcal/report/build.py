@@ -102,7 +102,7 @@ def build_report(
         os.environ["STEPCAL_DATA"] = str(data.resolve())
     with only_builder(output):
         recover(output / "html")
-        pages = _pages(root, {**(settings or {}), "source": source}, bool(settings))
+        pages = _pages(root, {**(settings or {}), "source": source})
         shown = staging.page_path(root, only).stem if only else Path(staging.read_toc(root)[0]).stem
         asyncio.run(_Build(root, output, jobs, pdf).run(pages, shown if only else None))
         return output / "html" / "book" / f"{shown}.html" if only else output / "html" / "index.html"
@@ -115,7 +115,7 @@ def studies_in(code: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(n for n in found if n in STUDIES))
 
 
-def _pages(root: Path, settings: Mapping[str, object], has_settings: bool) -> list[Page]:
+def _pages(root: Path, settings: Mapping[str, object]) -> list[Page]:
     pages, taken = [], set[str]()
     data_hash = _data_sha256(root)
     versions = json.dumps(fingerprint.versions())
@@ -125,14 +125,14 @@ def _pages(root: Path, settings: Mapping[str, object], has_settings: bool) -> li
             continue
         notebook = json.loads(path.read_text(encoding="utf-8"))
         declared = staging.declared_parameters(notebook)
-        own = {n: v for n, v in settings.items() if n in declared}
-        taken |= set(own)
+        taken |= set(settings) & set(declared)
+        own = {n: v for n, v in settings.items() if n in declared and v != declared[n]}
         cells = code_cells(notebook)
         code = fingerprint.code_sha256(root, "\n".join(cells))
         key = fingerprint.page_key(cells, own, fingerprint.sha256_of(code, data_hash, versions))
         pages.append(Page(path.stem, path, notebook, own, key))
-    unused = set(settings) - taken
-    if has_settings and unused:
+    unused = set(settings) - taken - {"source"}
+    if unused:
         raise InputError(f"No page takes {', '.join(f'`{n}`' for n in sorted(unused))}.")
     return pages
 

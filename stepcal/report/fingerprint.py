@@ -38,14 +38,18 @@ def page_key(code_cells: Iterable[str], parameters: Mapping[str, object], comput
 def code_sha256(root: Path, code: str) -> str:
     """Return a hash of every module of the package that some code imports, directly or not."""
     sources = module_files(root)
+    return sha256_of(*(f"{module}\0{_read(sources[module])}" for module in sorted(modules_of(code, sources))))
+
+
+def modules_of(code: str, sources: Mapping[str, Path]) -> set[str]:
+    """Return the modules of the package that some code imports, directly or not."""
     wanted, seen = _imported(code, PACKAGE, sources), set[str]()
     while wanted:
         module = wanted.pop()
-        if module in seen:
-            continue
-        seen.add(module)
-        wanted |= _imported(_read(sources[module]), module, sources) - seen
-    return sha256_of(*(f"{module}\0{_read(sources[module])}" for module in sorted(seen)))
+        if module not in seen:
+            seen.add(module)
+            wanted |= _imported(_read(sources[module]), module, sources) - seen
+    return seen
 
 
 def files_sha256(*folders: Path) -> str:
