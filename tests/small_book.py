@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from stepcal.locations import project_root
 from stepcal.report import build
 
 
@@ -37,12 +36,11 @@ def make_small_book(tmp_path, monkeypatch):
     (root / "book" / "preregistrations").mkdir(parents=True)
     (root / "data").mkdir()
     (root / "data" / "facts.csv").write_text("a\n1\n")
-    (root / "stepcal").symlink_to(project_root() / "stepcal", target_is_directory=True)
     (root / "_config.yml").write_text("title: small\n")
     (root / "_toc.yml").write_text("format: jb-book\nroot: book/first\nparts:\n- chapters:\n  - file: book/second\n")
     write_page(root, "first", prose("# First"), code("seed: int = 0", "parameters"), code("print('seed', seed)"))
     write_page(root, "second", prose("# Second"), code("print('second')"))
-    monkeypatch.setattr(build, "project_root", lambda: root)
+    monkeypatch.setattr(build, "shipped_folder", lambda: root)
     monkeypatch.setattr(build, "render", _copied)
     monkeypatch.delenv("STEPCAL_DATA", raising=False)
     return root

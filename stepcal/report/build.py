@@ -128,7 +128,7 @@ def _pages(root: Path, settings: Mapping[str, object]) -> list[Page]:
         taken |= set(settings) & set(declared)
         own = {n: v for n, v in settings.items() if n in declared and v != declared[n]}
         cells = code_cells(notebook)
-        code = fingerprint.code_sha256(root, "\n".join(cells))
+        code = fingerprint.code_sha256("\n".join(cells))
         key = fingerprint.page_key(cells, own, fingerprint.sha256_of(code, data_hash, versions))
         pages.append(Page(path.stem, path, notebook, own, key))
     unused = set(settings) - taken - {"source"}
@@ -178,7 +178,7 @@ class _Build:
         }
         stage, html = self._output / "work" / "stage", self._output / "html"
         staging.stage_sources(self._root, stage, notebooks)
-        own = fingerprint.files_sha256(stage, self._root / "stepcal" / "report")
+        own = fingerprint.files_sha256(stage, Path(__file__).parent)
         built = fingerprint.sha256_of(own, repr((facts, self._pdf)))
         if _built(html) == built:
             self._progress.say("  Nothing changed: the book is up to date.")
@@ -246,7 +246,7 @@ def _data_sha256(root: Path) -> str:
 
 def _shared_folder(output: Path, root: Path) -> Path:
     """Return the folder of studies computed with this very code and these facts; others are removed."""
-    code = fingerprint.code_sha256(root, "import stepcal.studies.registry")
+    code = fingerprint.code_sha256("import stepcal.studies.registry")
     facts = fingerprint.files_sha256(root / "data", root / "book" / "preregistrations")
     folder = output / "cache" / "studies" / fingerprint.sha256_of(code, facts)[:16]
     for other in folder.parent.glob("*"):

@@ -35,9 +35,9 @@ def page_key(code_cells: Iterable[str], parameters: Mapping[str, object], comput
     return sha256_of(json.dumps([list(code_cells), dict(parameters), computed_from], sort_keys=True, default=str))
 
 
-def code_sha256(root: Path, code: str) -> str:
+def code_sha256(code: str, package: Path | None = None) -> str:
     """Return a hash of every module of the package that some code imports, directly or not."""
-    sources = module_files(root)
+    sources = module_files(package or Path(__file__).parent.parent)
     return sha256_of(*(f"{module}\0{_read(sources[module])}" for module in sorted(modules_of(code, sources))))
 
 
@@ -83,11 +83,11 @@ def sha256_of(*texts: str) -> str:
     return digest.hexdigest()
 
 
-def module_files(root: Path) -> dict[str, Path]:
-    """Return the source file of each module of the package in a checkout."""
+def module_files(package: Path) -> dict[str, Path]:
+    """Return the source file of each module of the package that lies in a folder."""
     found = {}
-    for path in sorted((root / PACKAGE).rglob("*.py")):
-        parts = path.relative_to(root).with_suffix("").parts
+    for path in sorted(package.rglob("*.py")):
+        parts = (PACKAGE, *path.relative_to(package).with_suffix("").parts)
         found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
     return found
 

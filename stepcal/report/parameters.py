@@ -219,8 +219,10 @@ def parse_setting(text: str) -> tuple[str, object]:
 
 
 def _passed(namespace: Mapping[str, object]) -> list[str]:
+    """Return the names that may be parameters: not IPython's own, no constants, and nothing that was imported."""
     return [
         name
         for name, value in namespace.items()
-        if not (name.startswith("_") or name in _NOT_PARAMETERS or isinstance(value, ModuleType) or callable(value))
+        if not (name.startswith("_") or name.isupper() or name in _NOT_PARAMETERS)
+        and not (isinstance(value, ModuleType) or callable(value))
     ]

@@ -2,37 +2,36 @@
 
 from pathlib import Path
 
-from stepcal.locations import project_root
 from stepcal.report import fingerprint
 
 
 def modules(tmp_path: Path, **sources):
-    root = tmp_path / "root"
+    package = tmp_path / "stepcal"
     for name, text in sources.items():
-        path = root / "stepcal" / (name.replace("__", "/") + ".py")
+        path = package / (name.replace("__", "/") + ".py")
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
     fingerprint._read.cache_clear()
-    return root
+    return package
 
 
 def test_the_code_that_is_imported_counts_however_far_down(tmp_path):
     sources = {"a": "from stepcal import b", "b": "X = 1", "c": "X = 1"}
-    root = modules(tmp_path, **sources)
-    (root / "stepcal" / "__init__.py").write_text("")
-    before = fingerprint.code_sha256(root, "from stepcal import a")
+    package = modules(tmp_path, **sources)
+    (package / "__init__.py").write_text("")
+    before = fingerprint.code_sha256("from stepcal import a", package)
     modules(tmp_path, c="X = 2")
-    assert fingerprint.code_sha256(root, "from stepcal import a") == before
+    assert fingerprint.code_sha256("from stepcal import a", package) == before
     modules(tmp_path, b="X = 2")
-    assert fingerprint.code_sha256(root, "from stepcal import a") != before
+    assert fingerprint.code_sha256("from stepcal import a", package) != before
 
 
 def test_a_name_that_cannot_be_followed_stands_for_all(tmp_path):
-    root = modules(tmp_path, a="X = 1")
-    (root / "stepcal" / "__init__.py").write_text("def __getattr__(name): ...")
-    before = fingerprint.code_sha256(root, "import stepcal\nstepcal.a")
+    package = modules(tmp_path, a="X = 1")
+    (package / "__init__.py").write_text("def __getattr__(name): ...")
+    before = fingerprint.code_sha256("import stepcal\nstepcal.a", package)
     modules(tmp_path, a="X = 2")
-    assert fingerprint.code_sha256(root, "import stepcal\nstepcal.a") != before
+    assert fingerprint.code_sha256("import stepcal\nstepcal.a", package) != before
 
 
 def test_every_module_that_python_loads_is_found_by_reading():
@@ -47,7 +46,7 @@ def test_every_module_that_python_loads_is_found_by_reading():
         text=True,
         check=True,
     )
-    sources = fingerprint.module_files(project_root())
+    sources = fingerprint.module_files(Path(fingerprint.__file__).parent.parent)
     assert set(done.stdout.split()) <= fingerprint.modules_of(code, sources)
 
 
