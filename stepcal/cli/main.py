@@ -55,6 +55,9 @@ def fit(
     experiment: Annotated[
         list[str] | None, typer.Option("--experiment", help="Use only this experiment; may be given several times.")
     ] = None,
+    accelerator: Annotated[
+        str, typer.Option("--accelerator", help="GPU of the traces, whose peak rates the components are divided by.")
+    ] = "h100-sxm",
     data: Data = None,
     json_out: Json = None,
 ) -> None:
@@ -67,11 +70,10 @@ def fit(
     from stepcal.datasets.splits import select_experiments, temporal_split
     from stepcal.evaluation.step_errors import score_steps
     from stepcal.specs.hardware import load_accelerator
-    from stepcal.studies.study import ACCELERATOR
 
     steps = select_experiments(_load_rows(data), experiment or [])
     split = temporal_split(steps)
-    fitted = fit_variant(variant, split, load_accelerator(ACCELERATOR))
+    fitted = fit_variant(variant, split, load_accelerator(accelerator))
     scores = score_steps(fitted.predict_us(split.test), split.test, n_resamples=None)
     wide = scores.pivot(index="experiment_id", columns="metric", values="value")
     n_train = split.train.groupby("experiment_id", observed=True).size()

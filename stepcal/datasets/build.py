@@ -32,6 +32,9 @@ from stepcal.specs.architecture import ModelArchitecture
 GPU = "h100-sxm"
 LICENSE = "Apache-2.0"
 _EXPERIMENT_NAME = re.compile(r"^\d{8}-\d{6}-(?P<model>.+)-tp(?P<tensor_parallel>\d+)-(?P<workload>[a-z]+)$")
+INFERRED_OFFLOAD_GIB = 8.0
+"""Size of the pool in CPU memory of the 16 servers, which their published settings do not name. We infer it from the label:
+``schedule()`` jumps from microseconds to milliseconds where the KV blocks in use pass 8 GiB, for two sizes of block."""
 _STUDY = "inference-sim/inference-sim, branch stepml-experiments"
 _RUNS = "inference-sim public repositories (inference-sim, training, sim-to-real-accuracy-validation)"
 
@@ -182,6 +185,7 @@ def _experiment_row(folder: Path, settings: pd.DataFrame, shares: pd.Series) -> 
         "max_num_batched_tokens": server["max_num_batched_tokens"],
         "kv_blocks_total": int(known["kv_blocks_total_gpu"]),
         "block_size": int(known["block_size"]),
+        "kv_offloading_gib": INFERRED_OFFLOAD_GIB,
         **_workload(asked, "asked", groups="num_unique_system_prompts", prompts="num_users_per_system_prompt"),
         **_workload(run, "run", groups="num_groups", prompts="num_prompts_per_group"),
         "served_share": share,

@@ -70,6 +70,9 @@ EXPERIMENTS = pa.DataFrameSchema(
         "max_num_batched_tokens": integer("Most tokens in a step.", "token", minimum=1),
         "kv_blocks_total": integer("KV blocks on the GPU.", "block", minimum=1),
         "block_size": integer("Tokens of a KV block.", "token", minimum=1),
+        "kv_offloading_gib": number(
+            "Pool of KV blocks in CPU memory; inferred, no published setting names it.", "GiB", minimum=0
+        ),
         **_WORKLOAD_COLUMNS,
         "served_share": number("Completed over requested rate, in the stage that did worst.", "1", minimum=0),
         "overloaded": flag("Whether served_share is below 0.95."),

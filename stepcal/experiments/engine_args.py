@@ -19,7 +19,7 @@ from stepcal.simulator import ServerConfig
 from stepcal.simulator.config import NOT_MODELLED
 from stepcal.specs.architecture import ModelArchitecture
 from stepcal.specs.hardware import Accelerator, load_accelerator
-from stepcal.specs.kv_offloading import STUDY_OFFLOAD_GIB, offload_blocks
+from stepcal.specs.kv_offloading import offload_blocks
 from stepcal.specs.step_work import kv_bytes_per_token
 from stepcal.units import BYTES_PER_GIB
 
@@ -33,8 +33,6 @@ TENSOR_PARALLEL_KEYS = ("tensor_parallelism", "tensor_parallel", "tensor_paralle
 KV_BLOCK_KEYS = ("kv_blocks_total_gpu", "num_gpu_blocks", "kv_blocks", "kv_blocks_total", "num_gpu_blocks_override")
 SWITCHES = ("enable_prefix_caching", "async_scheduling")
 OFFLOAD_KEY = "kv_offloading_size"
-STUDY_MARK = ("app", "inference-perf")
-"""Setting that the study's harness writes into its files: its servers offload KV without saying so."""
 KV_TYPES = ("auto", "bfloat16", "float16", "bf16", "fp16", "half")
 """KV caches of two bytes an element, the only ones that are modelled."""
 GPU_WORDS = {
@@ -226,8 +224,7 @@ def server_of(
     kv_blocks : int, optional
         From elsewhere, where the file does not say; estimated from the GPU's memory if neither does.
     kv_offloading_gib : float, optional
-        Size of the pool in CPU memory where the file does not say; without one it is the study's in files of its harness,
-        and else KV offloading is off, as by vLLM's default.
+        Size of the pool in CPU memory where the file does not say; without one KV offloading is off, as by vLLM's default.
 
     Raises
     ------
@@ -273,16 +270,13 @@ def _offload_blocks(
             f"`kv_offloading_backend: {backend}` asks for what the simulator does not model: KV offloading other than "
             "vLLM's own (`native`)."
         )
-    if assumed_gib is None and settings.values.get(STUDY_MARK[0]) == STUDY_MARK[1]:
-        assumed_gib = STUDY_OFFLOAD_GIB
     gib = assumed_gib if given is None else given
     if isinstance(gib, bool) or not isinstance(gib, int | float | None):
         raise InputError(f"{settings.path}: `{OFFLOAD_KEY}` is {gib!r}; it must be a number of GiB, 0 for none.")
     size = ServerConfig.block_size if block_size is None else block_size
     blocks = offload_blocks(architecture, gib or 0.0, block_size=size)
-    whose = ", as on the study's servers," if assumed_gib == STUDY_OFFLOAD_GIB else ""
     is_assumed = given is None and assumed_gib is not None
-    note = f"`{OFFLOAD_KEY}` is absent; {assumed_gib:g} GiB{whose} was assumed." if is_assumed else ""
+    note = f"`{OFFLOAD_KEY}` is absent; {assumed_gib:g} GiB was assumed." if is_assumed else ""
     return blocks, [note] if note else []
 
 

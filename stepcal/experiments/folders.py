@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from stepcal.datasets import experiments as experiments_table
 from stepcal.datasets import read_lifecycle_per_request, read_lifecycle_summary, read_requests_parquet
 from stepcal.datasets.facts import OVERLOADED_BELOW_SHARE
 from stepcal.datasets.lifecycle import WHOLE_RUN
@@ -78,8 +79,8 @@ def read_experiment_folder(
     accelerator : str, optional
         GPU of runs whose ``exp-config.yaml`` does not name one (`gpu`); by default the one in the run's name, else H100 SXM.
     kv_offloading_gib : float, optional
-        Size of the offload pool of runs whose ``exp-config.yaml`` does not say (`kv_offloading_size`); by default the
-        study's for runs of its harness, and none for others.
+        Size of the offload pool of runs whose ``exp-config.yaml`` does not say (`kv_offloading_size`); by default that
+        of ``data/experiments.csv`` for the runs that it lists, and none for others.
 
     Returns
     -------
@@ -168,6 +169,8 @@ def _read_run(
     degree, more = tensor_parallel_of(settings)
     architecture = _architecture(run, settings)
     architecture.check_tensor_parallel(degree)
+    if kv_offloading_gib is None:
+        kv_offloading_gib = _listed_offloading_gib(_name(run))
     kv_blocks = None if settings.find(KV_BLOCK_KEYS) else _listed_kv_blocks(run, folder)
     server, assumed = server_of(
         settings, architecture, gpu, tensor_parallel=degree, kv_blocks=kv_blocks, kv_offloading_gib=kv_offloading_gib
@@ -192,6 +195,13 @@ def _read_run(
     known = measured_latencies(experiment) if measured.empty else summary_latencies(measured, workload.output_len)
     overloaded = _is_overloaded(_served_per_s(measured, known), workload)
     return replace(experiment, overloaded=overloaded), known
+
+
+def _listed_offloading_gib(name: str) -> float | None:
+    """Size of the offload pool of a run that ships in ``data/experiments.csv``; None of any other."""
+    shipped = experiments_table()
+    own = shipped.loc[shipped["experiment_id"] == name, "kv_offloading_gib"]
+    return float(own.iloc[0]) if len(own) else None
 
 
 def _workload(source: Path) -> SharedPrefixWorkload:

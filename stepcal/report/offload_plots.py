@@ -10,8 +10,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import ScalarFormatter
 
 from stepcal.report.plots import PALETTE, WIDE, _finished, short_name
-from stepcal.specs.kv_offloading import STUDY_OFFLOAD_GIB
 from stepcal.studies.kv_offloading import ALL, NONE, OUTPUTS, PROMPTS, SMALLER, STOCK
+from stepcal.studies.published_runs import STUDY_OFFLOAD_GIB
 from stepcal.units import US_PER_MS
 
 MODES = {NONE: "off", STOCK: "as released", SMALLER: "as released, 5.9 GiB", OUTPUTS: "outputs stored too"}

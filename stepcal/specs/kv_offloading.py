@@ -15,10 +15,6 @@ from stepcal.specs.architecture import ModelArchitecture
 from stepcal.specs.step_work import kv_bytes_per_token
 from stepcal.units import BYTES_PER_GIB, FloatArray
 
-STUDY_OFFLOAD_GIB = 8.0
-"""Size of the pool of the 16 servers, which their published settings do not name. Read off the label: ``schedule()`` jumps
-from microseconds to milliseconds where the KV blocks in use pass 8 GiB, for two models whose blocks differ in size."""
-
 
 def offload_blocks(architecture: ModelArchitecture, gib: float, *, block_size: int = 16) -> int:
     """Return the KV blocks that fit into an offload pool.

@@ -28,11 +28,10 @@ from stepcal.reconstruction.checks import estimate_offset_us
 from stepcal.reconstruction.labelled_steps import labelled_steps
 from stepcal.reconstruction.labels import stage_starts_ns
 from stepcal.reconstruction.timeline import build_timeline, request_lives
-from stepcal.specs.kv_offloading import STUDY_OFFLOAD_GIB
 from stepcal.step_time.coefficients import DEFAULT, Coefficients, frozen_values, load_coefficients
 from stepcal.step_time.physical import PhysicalModel
 from stepcal.step_time.physical_parameters import STEP_PARAMETERS
-from stepcal.studies.published_runs import load_experiments
+from stepcal.studies.published_runs import STUDY_OFFLOAD_GIB, load_experiments
 from stepcal.units import PERCENT, FloatArray
 
 Tables = dict[str, pd.DataFrame]

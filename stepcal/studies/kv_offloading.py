@@ -20,7 +20,8 @@ from stepcal.reconstruction.labels import step_intervals
 from stepcal.reconstruction.prefix_cache import groups_seen
 from stepcal.reconstruction.timeline import DECODING, PREFILLING, WAITING, Timeline, build_timeline, request_lives
 from stepcal.specs.architecture import ModelArchitecture, load_architecture
-from stepcal.specs.kv_offloading import STUDY_OFFLOAD_GIB, offload_blocks, rejected_requests
+from stepcal.specs.kv_offloading import offload_blocks, rejected_requests
+from stepcal.studies.published_runs import STUDY_OFFLOAD_GIB
 from stepcal.studies.records import read_recorded
 from stepcal.units import PERCENT, FloatArray
 

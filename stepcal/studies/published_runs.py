@@ -10,7 +10,10 @@ from stepcal.simulator import LoadStage, ServerConfig, SharedPrefixWorkload
 from stepcal.specs.architecture import load_architecture
 from stepcal.specs.deployment import Deployment
 from stepcal.specs.hardware import load_accelerator
-from stepcal.specs.kv_offloading import STUDY_OFFLOAD_GIB, offload_blocks
+from stepcal.specs.kv_offloading import offload_blocks
+
+STUDY_OFFLOAD_GIB = 8.0
+"""Size of the pool in CPU memory that we infer for the 16 servers (`kv_offloading_gib` of data/experiments.csv)."""
 
 
 def load_experiments(requests: pd.DataFrame | None = None) -> list[Experiment]:
@@ -46,7 +49,9 @@ def load_experiments(requests: pd.DataFrame | None = None) -> list[Experiment]:
             max_num_batched_tokens=int(run["max_num_batched_tokens"]),
             max_model_len=int(run["max_model_len"]),
             block_size=int(run["block_size"]),
-            offload_blocks=offload_blocks(architecture, STUDY_OFFLOAD_GIB, block_size=int(run["block_size"])),
+            offload_blocks=offload_blocks(
+                architecture, float(run["kv_offloading_gib"]), block_size=int(run["block_size"])
+            ),
         )
         result.append(
             Experiment(

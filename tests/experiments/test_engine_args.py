@@ -123,7 +123,7 @@ def test_estimated_kv_blocks_are_those_that_vllm_logged(tmp_path) -> None:
         write_run(tmp_path, known.experiment_id, server=server)
     for found, _ in read_experiment_folder(tmp_path, accelerator="h100-sxm"):
         assert found.server.kv_blocks == pytest.approx(logged[found.experiment_id], rel=0.01)
-        (note,) = found.notes
+        note, _ = found.notes  # the other says that the offload pool was assumed
         assert f"{found.server.kv_blocks:,} were estimated from the GPU's memory. vLLM logs the number" in note
 
 
@@ -189,7 +189,11 @@ def test_the_offload_pool_is_read_or_assumed(tmp_path) -> None:
     assert assumed.server.offload_blocks == 2 * said.offload_blocks > 0
     assert any("4 GiB was assumed" in note for note in assumed.notes)
     write_run(tmp_path / "harness", server=without(app="inference-perf"))
-    assert read_one(tmp_path / "harness").server.offload_blocks == 4 * said.offload_blocks
+    assert read_one(tmp_path / "harness").server.offload_blocks == 0, "a load generator says nothing of the server"
+    write_run(tmp_path / "study", "20260217-155451-llama-2-7b-tp1-codegen", server=without())
+    assert read_one(tmp_path / "study").server.offload_blocks == 4 * said.offload_blocks, (
+        "as data/experiments.csv has it"
+    )
 
 
 @pytest.mark.parametrize(
