@@ -25,10 +25,10 @@ from stepcal.simulator import LoadStage, SharedPrefixWorkload
 from stepcal.specs.architecture import ModelArchitecture
 from stepcal.specs.deployment import Deployment
 from stepcal.specs.hardware import load_accelerator
-from stepcal.specs.kv_offloading import STUDY_OFFLOAD_GIB
 from stepcal.specs.weight_formats import FULL_WIDTH, WeightWidths
 from stepcal.step_time.coefficients import Coefficients, load_coefficients
 from stepcal.studies.evidence_physical import BOARDS, H3_COEFFICIENTS, SEEDS
+from stepcal.studies.published_runs import STUDY_OFFLOAD_GIB
 from stepcal.studies.study import Tables
 from stepcal.units import PERCENT
 

@@ -123,7 +123,7 @@ def test_estimated_kv_blocks_are_those_that_vllm_logged(tmp_path) -> None:
         write_run(tmp_path, known.experiment_id, server=server)
     for found, _ in read_experiment_folder(tmp_path, accelerator="h100-sxm"):
         assert found.server.kv_blocks == pytest.approx(logged[found.experiment_id], rel=0.01)
-        note, _ = found.notes  # the other says that the offload pool was assumed
+        _, note = found.notes  # the first says that the offload pool was assumed
         assert f"{found.server.kv_blocks:,} were estimated from the GPU's memory. vLLM logs the number" in note
 
 
