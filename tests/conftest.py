@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +12,7 @@ import pytest
 from hypothesis import settings
 
 from stepcal.datasets.catalogue import load_steps
-from stepcal.locations import shipped_folder
+from stepcal.locations import CACHE_VARIABLE, COMPILED, cache_folder, shipped_folder
 from stepcal.specs.hardware import Accelerator, load_accelerator
 
 # The same examples on every machine, however slow it is at the moment; a bug hunt may raise the number.
@@ -20,6 +20,17 @@ settings.register_profile("stepcal", max_examples=40, deadline=None, derandomize
 settings.load_profile("stepcal")
 
 MakeSteps = Callable[..., pd.DataFrame]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def results_of_this_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Results of studies are shared within a session, and the user's own are left alone; compiled code is the user's."""
+    compiled, cache = cache_folder() / COMPILED, tmp_path_factory.mktemp("cache")
+    compiled.mkdir(parents=True, exist_ok=True)
+    (cache / COMPILED).symlink_to(compiled)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(CACHE_VARIABLE, str(cache))
+        yield
 
 
 @pytest.fixture(scope="session")

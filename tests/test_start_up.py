@@ -16,7 +16,7 @@ from stepcal.simulator.compilation import cached
 
 TABLES = {"pandas", "pandera", "pyarrow", "pooch"}
 """Needed by who reads tables."""
-FITS = {"scipy.optimize", "scipy.linalg", "xgboost", "jsonschema"}
+FITS = {"scipy.optimize", "scipy.linalg", "xgboost", "fastjsonschema"}
 """Needed by who fits or judges."""
 ARRAYS = {"numpy", "numba", "yaml"}
 

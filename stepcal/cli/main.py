@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from stepcal.cli.cache import cache
 from stepcal.cli.ingest import ingest
 from stepcal.cli.output import Json, emit, reports_errors
 from stepcal.cli.report import report
@@ -297,6 +298,7 @@ def _estimate(estimate: Any) -> dict[str, Any]:
 app.command()(reports_errors(ingest))
 app.command()(reports_errors(simulate))
 app.command()(reports_errors(report))
+app.command()(reports_errors(cache))
 
 if __name__ == "__main__":
     app()

@@ -168,6 +168,19 @@ def have_traces(data: Path | str | None = None) -> bool:
     )
 
 
+def trace_files(data: Path | str | None = None) -> list[Path]:
+    """Return the files that the loaders of this module would read, those of them that are there."""
+    found = []
+    for name, public in (
+        (STEPS_FILE, [_public(_STEPS_PUBLIC_NAME)]),
+        (PREDICTIONS_FILE, [_public(_PREDICTIONS_PUBLIC_NAME)]),
+        (REQUESTS_FILE, _request_files()),
+    ):
+        local = _local(name, data)
+        found += [local] if local is not None else [file.cached for file in public if file.cached.is_file()]
+    return found
+
+
 def traces_folder(data: Path | str | None = None) -> Path | None:
     """Return the folder that `data` or ``STEPCAL_DATA`` names, or None where neither is given.
 

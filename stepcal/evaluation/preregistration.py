@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jsonschema
+import fastjsonschema
 import yaml
 
 from stepcal.errors import InputError
@@ -204,11 +204,13 @@ def load_preregistration(hypothesis: str, folder: Path | None = None) -> PreRegi
         )
     try:
         parsed = yaml.safe_load(content)
-        jsonschema.validate(parsed, SCHEMA)
+        fastjsonschema.validate(SCHEMA, parsed)
     except yaml.YAMLError as error:
         raise InputError(f"{path} is not YAML: {error}") from None
-    except jsonschema.ValidationError as error:
-        raise InputError(f"{path} breaks the schema at `{error.json_path}`: {error.message}") from None
+    except fastjsonschema.JsonSchemaValueException as error:
+        place = str(error.name)
+        what = error.message.removeprefix(place).strip()
+        raise InputError(f"{path} breaks the schema at `{place.replace('data', '$', 1)}`: it {what}.") from None
     rules: dict[str, Any] = {
         key: tuple(Criterion(**{"of": None, **c}) for c in parsed.pop(key))
         for key in ("success", "refuted_if", "choices")

@@ -29,7 +29,7 @@ from stepcal.report.printing import print_book
 from stepcal.report.progress import BuildProgress
 from stepcal.report.rendering import render
 from stepcal.report.swap import only_builder, recover, take_place
-from stepcal.studies.registry import SHARED_RESULTS, SOURCES, STUDIES
+from stepcal.studies.registry import SOURCES, STUDIES
 
 UNUSED_DAYS = 30
 """Executed pages that no build asked for in so many days are forgotten."""
@@ -199,8 +199,7 @@ class _Build:
         self._cache.forget_before(UNUSED_DAYS)
 
     async def _execute(self, pages: Sequence[Page]) -> dict[str, Executed]:
-        root, output = self._root, self._output
-        os.environ[SHARED_RESULTS] = str(_shared_folder(output, root))
+        output = self._output
         kernels = install_kernel(output / "work" / "jupyter")
         free = asyncio.Semaphore(self._jobs)
         sources = {str(p.parameters.get("source", "measured")) for p in pages}
@@ -242,18 +241,6 @@ def _data_sha256(root: Path) -> str:
     traces = [Path(p) for p in [os.environ.get("STEPCAL_DATA", "")] if p and Path(p).is_dir()]
     facts = [root / "data", root / "book" / "preregistrations", root / "tests" / "acceptance.csv", *traces]
     return fingerprint.files_sha256(*[f for f in facts if f.exists()])
-
-
-def _shared_folder(output: Path, root: Path) -> Path:
-    """Return the folder of studies computed with this very code and these facts; others are removed."""
-    code = fingerprint.code_sha256("import stepcal.studies.registry")
-    facts = fingerprint.files_sha256(root / "data", root / "book" / "preregistrations")
-    folder = output / "cache" / "studies" / fingerprint.sha256_of(code, facts)[:16]
-    for other in folder.parent.glob("*"):
-        if other != folder:
-            shutil.rmtree(other, ignore_errors=True)
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
 
 
 def _built(html: Path) -> str:

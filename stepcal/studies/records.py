@@ -9,7 +9,7 @@ from __future__ import annotations
 import datetime
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,9 +45,7 @@ def read_recorded(name: str) -> Recording:
     """
     path = _path(name)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        tables = {key: _frame(table) for key, table in content["tables"].items()}
-        return Recording(tables, content["texts"], content["provenance"])
+        return from_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
             f"{path} is not a recording of stepcal ({error}). Restore it, or run `stepcal record`."
@@ -70,30 +68,37 @@ def write_recorded(name: str, recording: Recording, *, today: datetime.date | No
     """
     path = _path(name)
     day = (today or datetime.date.today()).isoformat()
-    content = {
-        "provenance": {**recording.provenance, "recorded": day},
-        "texts": recording.texts,
-        "tables": {key: _plain(table) for key, table in recording.tables.items()},
-    }
+    text = to_json(replace(recording, provenance={**recording.provenance, "recorded": day}))
     if path.is_file():
-        older = json.loads(path.read_text(encoding="utf-8"))
-        content["provenance"]["recorded"] = older["provenance"]["recorded"]
-        if content != older:
-            content["provenance"]["recorded"] = day
-    write_atomically(path, json.dumps(content, indent=None, separators=(",", ":"), allow_nan=False) + "\n")
+        older = path.read_text(encoding="utf-8")
+        kept = {**recording.provenance, "recorded": json.loads(older)["provenance"]["recorded"]}
+        same = to_json(replace(recording, provenance=kept))
+        text = same if same == older else text
+    write_atomically(path, text)
     return path
 
 
-def to_json(tables: dict[str, pd.DataFrame], texts: dict[str, str]) -> str:
-    """Return tables and texts as JSON; what is not finite is missing."""
-    content = {"texts": texts, "tables": {key: _plain(table) for key, table in tables.items()}}
-    return json.dumps(content, separators=(",", ":"), allow_nan=False) + "\n"
+def to_json(recording: Recording, *, allow_nan: bool = False) -> str:
+    """Return a recording as JSON; missing values are null, and infinite ones are refused unless `allow_nan`."""
+    content = {
+        "provenance": recording.provenance,
+        "texts": recording.texts,
+        "tables": {key: _plain(table) for key, table in recording.tables.items()},
+    }
+    return json.dumps(content, indent=None, separators=(",", ":"), allow_nan=allow_nan) + "\n"
 
 
-def from_json(text: str) -> tuple[dict[str, pd.DataFrame], dict[str, str]]:
-    """Return the tables and texts that `to_json` wrote."""
+def from_json(text: str) -> Recording:
+    """Return the recording that `to_json` wrote.
+
+    Raises
+    ------
+    ValueError, KeyError, TypeError
+        If it is none.
+    """
     content = json.loads(text)
-    return {key: _frame(table) for key, table in content["tables"].items()}, content["texts"]
+    tables = {key: _frame(table) for key, table in content["tables"].items()}
+    return Recording(tables, content["texts"], content["provenance"])
 
 
 def _path(name: str) -> Path:

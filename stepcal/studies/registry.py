@@ -7,8 +7,7 @@ rows when asked to. Its provenance says which, and travels with the tables.
 from __future__ import annotations
 
 import hashlib
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -26,10 +25,9 @@ from stepcal.datasets import (
     transfer_measured,
     transfer_runs,
 )
-from stepcal.datasets.catalogue import traces_folder
+from stepcal.datasets.catalogue import trace_files, traces_folder
 from stepcal.datasets.splits import select_experiments
 from stepcal.errors import InputError, MissingDataError
-from stepcal.files import write_atomically
 from stepcal.studies.ablations import run_ablations
 from stepcal.studies.attribution import run_attribution
 from stepcal.studies.end_to_end import run_end_to_end
@@ -40,14 +38,12 @@ from stepcal.studies.kv_offloading import run_offloading
 from stepcal.studies.label_audit import run_label_audit, run_reconstruction
 from stepcal.studies.physical_model import run_physical_model
 from stepcal.studies.provenance import MEASURED, RECORDED, SIMULATED, Provenance
-from stepcal.studies.records import from_json, read_recorded, record_exists, to_json
-from stepcal.studies.study import Study, StudyKind, Tables
+from stepcal.studies.records import read_recorded, record_exists
+from stepcal.studies.result_cache import cached_study, result_key
+from stepcal.studies.study import Study, StudyKind
 from stepcal.studies.transfer import run_transfer
 
 SOURCES = (MEASURED, SIMULATED)
-SHARED_RESULTS = "STEPCAL_SHARED_RESULTS"
-"""Environment variable that names the folder of a build's shared results."""
-TablesAndTexts = tuple[Tables, dict[str, str]]
 RESCORED = "published_predictions"
 END_TO_END = "end_to_end"
 LABEL_AUDIT, RECONSTRUCTION = "label_audit", "reconstruction"
@@ -109,6 +105,8 @@ def load_study(
 ) -> Study:
     """Run a study on measured or simulated rows, or read its recording where the traces are missing.
 
+    What was computed is kept in the user's cache (`stepcal.studies.result_cache`).
+
     Parameters
     ----------
     name : str
@@ -120,7 +118,7 @@ def load_study(
     only_experiments : sequence of str
         Restrict the study to these; all by default.
     recompute : bool
-        Compute a costly study anew although a recording of the same data is at hand.
+        Compute anew, although the cache, or a costly study's recording, has the result of the same data.
     **options
         Passed to the study (`run_h1`, `run_h2`).
 
@@ -142,38 +140,29 @@ def load_study(
     kind = STUDIES[name]
     traces_folder(data)  # a folder that is named and does not exist is a slip, not a machine without traces
     if source == SIMULATED and kind.simulates:
-        tables = [simulated_step_rows(seed=int(str(options.get("seed", 0))))]
+        traces: list[Path] = []
     elif data is not None or have_traces(data):
-        source, tables = MEASURED, [load(data) for load in kind.loaders]
+        source, traces = MEASURED, trace_files(data)
     else:
         return _recorded_study(name, bool(only_experiments or options))
-    tables = [select_experiments(table, only_experiments) for table in tables]
-    provenance = _provenance(source, tables)
-    if kind.costly and not (recompute or options or only_experiments) and record_exists(name):
-        recorded = _recorded_study(name, False)
-        if recorded.provenance.data_sha256 == provenance.data_sha256:
-            return recorded
-    key = [name, source, provenance.data_sha256, sorted((k, repr(v)) for k, v in options.items())]
-    results, texts = shared_result(key, lambda: kind.run(*tables, **options))
-    return Study(name, results, provenance, texts)
 
+    def compute() -> Study:
+        if source == SIMULATED:
+            tables = [simulated_step_rows(seed=int(str(options.get("seed", 0))))]
+        else:
+            tables = [load(data) for load in kind.loaders]
+        tables = [select_experiments(table, only_experiments) for table in tables]
+        provenance = _provenance(source, tables)
+        if kind.costly and not (recompute or options or only_experiments) and record_exists(name):
+            recorded = _recorded_study(name, False)
+            if recorded.provenance.data_sha256 == provenance.data_sha256:
+                return recorded
+        results, texts = kind.run(*tables, **options)
+        return Study(name, results, provenance, texts)
 
-def shared_result(key: object, compute: Callable[[], TablesAndTexts]) -> TablesAndTexts:
-    """Compute tables and texts, or take them from earlier builds of the same code.
-
-    Several pages of a book show the same study. The build names a folder in `SHARED_RESULTS`, one for each state of the
-    code; what one page computed lies there for the next. Outside a build everything is computed where it is asked for.
-    """
-    folder = os.environ.get(SHARED_RESULTS)
-    if not folder:
+    if recompute:
         return compute()
-    path = Path(folder) / f"{hashlib.sha256(repr(key).encode()).hexdigest()}.json"
-    if path.is_file():
-        return from_json(path.read_text(encoding="utf-8"))
-    # What is computed goes the same way as what is read, so that a page shows the same the first time and later.
-    content = to_json(*compute())
-    write_atomically(path, content)
-    return from_json(content)
+    return cached_study(name, result_key(name, source, traces, only_experiments, options), compute)
 
 
 def _provenance(kind: str, tables: Sequence[pd.DataFrame]) -> Provenance:

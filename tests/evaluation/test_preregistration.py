@@ -125,7 +125,7 @@ def test_an_unknown_hypothesis_is_refused_with_the_known_ones():
 @pytest.mark.parametrize(
     ("change", "path"),
     [
-        (lambda p: p.pop("statement"), r"\$`.*'statement' is a required property"),
+        (lambda p: p.pop("statement"), r"\$`.*must contain .'statement'"),
         (lambda p: p.update(extra=1), r"\$`.*'extra'"),
         (lambda p: p.update(status="exploratory"), r"\$\.status`"),
         (lambda p: p.update(date="February"), r"\$\.date`"),

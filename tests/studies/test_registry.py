@@ -11,6 +11,7 @@ from stepcal.errors import InputError, MissingDataError
 from stepcal.studies import registry as studies
 from stepcal.studies.record_all import differences, record_all
 from stepcal.studies.records import Recording, read_recorded, write_recorded
+from stepcal.studies.verdicts import verdict_of
 
 ANCHORS = {
     "20260217-202857-llama-2-70b-tp4-general": 61.154177880328795,
@@ -62,7 +63,7 @@ def test_recorded_rescored_predictions_are_the_published_ones(no_traces):
 
 
 def test_simulated_studies_say_so_and_are_reproducible(no_traces):
-    options = {"variants": ["constant", "blackbox"], "n_resamples": None, "seed": 5}
+    options = {"variants": ["constant", "blackbox"], "n_resamples": None, "seed": 5, "recompute": True}
     first, second = (studies.load_study("h2", source="simulated", **options) for _ in range(2))
     assert first.provenance.kind == studies.SIMULATED
     assert "enter no verdict" in first.provenance.sentence()
@@ -72,12 +73,12 @@ def test_simulated_studies_say_so_and_are_reproducible(no_traces):
 
 def test_verdicts_never_rest_on_simulated_rows(no_traces):
     for hypothesis in ("h1", "h2", "h2_step"):
-        _, provenance = studies.verdict_of(hypothesis)
+        _, provenance = verdict_of(hypothesis)
         assert provenance.kind == studies.RECORDED
 
 
 def test_on_published_figures_the_bias_criterion_is_met_and_the_verdict_stays_open():
-    verdict, _ = studies.verdict_of("h2", published=True)
+    verdict, _ = verdict_of("h2", published=True)
     met = {r.criterion.name: r.met for r in verdict.criteria}
     assert met["mspe"] is True
     assert met["mspe_above_10_percent"] is False
@@ -86,7 +87,7 @@ def test_on_published_figures_the_bias_criterion_is_met_and_the_verdict_stays_op
 
 
 def test_the_published_step_errors_refute_the_step_hypothesis():
-    verdict, _ = studies.verdict_of("h2_step", published=True)
+    verdict, _ = verdict_of("h2_step", published=True)
     assert verdict.verdict == "Refuted"
     assert verdict.preregistration.status == "post hoc"
 
@@ -102,23 +103,6 @@ def test_the_published_step_errors_refute_the_step_hypothesis():
 def test_unknown_names_are_refused(arguments, message):
     with pytest.raises(InputError, match=message):
         studies.load_study(**arguments)
-
-
-def test_a_build_computes_a_shared_result_once(monkeypatch, tmp_path):
-    monkeypatch.setenv(studies.SHARED_RESULTS, str(tmp_path))
-    calls = []
-    table = pd.DataFrame({"a": [0.1, np.nan], "b": ["u", "v"]})
-
-    def compute():
-        calls.append(1)
-        return {"x": table}, {"note": "n"}
-
-    for tables, texts in [studies.shared_result("key", compute) for _ in range(3)]:
-        pd.testing.assert_frame_equal(tables["x"], table, check_dtype=False)
-        assert texts == {"note": "n"}
-    assert len(calls) == 1
-    studies.shared_result("another key", compute)
-    assert len(calls) == 2
 
 
 def test_recordings_round_trip_and_keep_their_day(monkeypatch, tmp_path):
