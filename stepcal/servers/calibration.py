@@ -1,0 +1,314 @@
+"""``stepcal calibrate``: what one server's request logs say of the parameters, with the shipped model as prior.
+
+The log is sent again in the simulator (closed loop) and
+``sum((log predicted - log measured)^2 / sigma^2) + sum((log value - log prior)^2 / tau^2)`` is minimised over blocks of time. `sigma`
+holds the error that the model is expected to keep and the noise of a block's mean. A parameter whose spread the data do not
+at least halve is left at its prior and said to be; intervals hold what the others might be.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.optimize import least_squares
+from threadpoolctl import threadpool_limits
+
+from stepcal.errors import InputError
+from stepcal.servers.log import ServedLog
+from stepcal.servers.replay import replayed_latencies_s, with_values
+from stepcal.step_time.coefficients import Coefficients
+from stepcal.step_time.physical_parameters import LearnedParameter
+from stepcal.threads import each
+from stepcal.units import BoolArray, FloatArray, IntArray
+
+TRAIN_SHARE, VALIDATION_SHARE = 0.6, 0.2
+"""Temporal split of each run, as the study's: fitted, looked at while choosing, judged."""
+BLOCKS = 4
+"""Blocks of time that each stage's training part is cut into: a mean of each is one figure."""
+SMALLEST_BLOCK = 8
+"""Requests below which a block says nothing."""
+MODEL_LOG_SD = {"tpot": 0.01, "ttft": 0.05}
+"""Error that the model is expected to keep on a block's mean, as for the shipped default (`stepcal.calibration.closed_loop`)."""
+QUEUED_TTFT_STEPS = 20.0
+"""From this many steps on the first token waits for a queue, where 1% of step time is far more than 1% of the wait."""
+QUEUED_LOG_SD = {"tpot": 0.02, "ttft": 0.3}
+DETERMINED_SHRINKAGE = 0.5
+"""A parameter is determined where its spread given the data is below this share of its prior's."""
+NORMAL_95 = 1.959964
+"""Half-width of a 95% interval of a normal distribution, in standard deviations."""
+DIFFERENCE_STEP = 4e-3
+"""Step of finite differences in the logarithm: well above the jitter of single requests changing batches."""
+MISSING_RESIDUAL = 30.0
+MAX_EVALUATIONS = 12
+CONVERGED = 1e-3
+
+
+@dataclass(frozen=True)
+class Block:
+    """Requests of one stage in one span of time, and the means measured over them."""
+
+    log: int
+    chosen: IntArray
+    means: dict[str, float]
+    log_sd: dict[str, float]
+
+
+@dataclass(frozen=True)
+class ServerCalibration:
+    """What was learned of one server.
+
+    Attributes
+    ----------
+    coefficients : Coefficients
+        Prior with what was learned in it.
+    parameters : tuple of LearnedParameter
+        All that could be learned; bounds and priors.
+    determined : tuple of str
+        Those that the data determine; the others stand at their prior.
+    log_covariance : ndarray, shape (n_parameters, n_parameters)
+        Of the logarithms, given data and prior, of all parameters.
+    shrinkage : dict
+        Spread given the data over the prior's, by name.
+    residual_log_sd : dict
+        What remains of ``log predicted - log measured`` on the training blocks, by metric.
+    inflation : float
+        Factor on the covariance: residuals beyond what was expected widen the intervals, none narrow them.
+    n_blocks : int
+    """
+
+    coefficients: Coefficients
+    parameters: tuple[LearnedParameter, ...]
+    determined: tuple[str, ...]
+    log_covariance: FloatArray
+    shrinkage: dict[str, float]
+    residual_log_sd: dict[str, float]
+    inflation: float
+    n_blocks: int
+
+    def interval(self, name: str) -> tuple[float, float]:
+        """95% interval of a parameter."""
+        i = [p.name for p in self.parameters].index(name)
+        half = NORMAL_95 * float(np.sqrt(self.log_covariance[i, i]))
+        value = self.coefficients.values[name]
+        return value * float(np.exp(-half)), value * float(np.exp(half))
+
+
+def training_mask(log: ServedLog, share: float = TRAIN_SHARE) -> BoolArray:
+    """Return which requests arrive in the first share of a log and end before the rest begins.
+
+    Raises
+    ------
+    InputError
+        If single requests are not at hand.
+    """
+    if log.e2e_s is None:
+        raise InputError(
+            f"`{log.run}` has summaries only; a calibration needs single requests. `stepcal ingest` reads them from the load "
+            "generator's own files."
+        )
+    n = len(log.requests)
+    n_train = round(share * n)
+    arrival = log.requests.arrival_s
+    ended = arrival + np.where(np.isnan(log.e2e_s), log.timeout_s, log.e2e_s)
+    boundary = arrival[n_train] if n_train < n else np.inf
+    return (np.arange(n) < n_train) & (ended <= boundary)
+
+
+def blocks_of(logs: Sequence[ServedLog], masks: Sequence[BoolArray], n_blocks: int = BLOCKS) -> list[Block]:
+    """Cut the chosen requests of logs into blocks of time within each stage, and take the means of each."""
+    result = []
+    for i, (log, mask) in enumerate(zip(logs, masks, strict=True)):
+        if log.e2e_s is None or log.ttft_s is None:
+            continue
+        done = mask & ~np.isnan(log.e2e_s)
+        for stage in np.unique(log.stage):
+            rows = np.flatnonzero(done & (log.stage == stage))
+            for chosen in np.array_split(rows, min(n_blocks, max(len(rows) // SMALLEST_BLOCK, 1))):
+                if len(chosen) >= SMALLEST_BLOCK:
+                    result.append(_block(i, log, chosen))
+    return result
+
+
+def _block(i: int, log: ServedLog, chosen: IntArray) -> Block:
+    values = block_values(log, chosen, log.e2e_s, log.ttft_s)
+    means = {name: float(v.mean()) for name, v in values.items()}
+    is_queued = "ttft" in means and means["ttft"] > QUEUED_TTFT_STEPS * means["tpot"]
+    expected = QUEUED_LOG_SD if is_queued else MODEL_LOG_SD
+    noise = {name: float(v.std() / v.mean() / np.sqrt(len(v))) for name, v in values.items()}
+    # The replay has the same arrivals and lengths, so what varies between requests is not all noise: a tenth of it is.
+    sds = {name: float(np.hypot(expected[name], 0.1 * noise[name])) for name in means}
+    return Block(i, chosen, means, sds)
+
+
+def block_values(log: ServedLog, chosen: IntArray, e2e_s: FloatArray | None, ttft_s: FloatArray | None) -> dict[str, FloatArray]:
+    """Figures of requests that a block is judged by: time per output token, and TTFT where the client streamed."""
+    if e2e_s is None or ttft_s is None:
+        return {}
+    e2e, ttft = e2e_s[chosen], ttft_s[chosen]
+    tokens = np.asarray(log.requests.output_tokens, dtype=float)[chosen]
+    if np.isnan(ttft).all():
+        return {"tpot": e2e / tokens}  # without streaming: all of it, over all tokens
+    gaps = np.maximum(tokens - 1, 1)
+    known = ~np.isnan(ttft) & ~np.isnan(e2e) & (tokens > 1)
+    return {"tpot": ((e2e - ttft) / gaps)[known], "ttft": ttft[~np.isnan(ttft)]}
+
+
+def residuals(
+    logs: Sequence[ServedLog], blocks: Sequence[Block], coefficients: Coefficients, *, workers: int = 1
+) -> FloatArray:
+    """Whitened log errors of the blocks' means, in the order of blocks and of their metrics."""
+    simulated = each(lambda log: replayed_latencies_s(log, coefficients), logs, workers=workers)
+    rows: list[float] = []
+    for block in blocks:
+        log, (e2e, ttft) = logs[block.log], simulated[block.log]
+        is_unary = "ttft" not in block.means
+        predicted = block_values(log, block.chosen, e2e, np.full_like(ttft, np.nan) if is_unary else ttft)
+        for name, mean in block.means.items():
+            here = predicted.get(name, np.zeros(0))
+            here = here[~np.isnan(here)]
+            known = here.size > 0 and here.mean() > 0
+            rows.append(float(np.log(here.mean() / mean) / block.log_sd[name]) if known else MISSING_RESIDUAL)
+    return np.array(rows)
+
+
+@threadpool_limits.wrap(limits=1)  # type: ignore[untyped-decorator]
+def calibrate_server(
+    logs: Sequence[ServedLog],
+    prior: Coefficients,
+    parameters: Sequence[LearnedParameter],
+    *,
+    masks: Sequence[BoolArray] | None = None,
+    n_blocks: int = BLOCKS,
+    workers: int = 1,
+) -> ServerCalibration:
+    """Learn of one server's parameters what its logs determine.
+
+    Parameters
+    ----------
+    logs : sequence of ServedLog
+        Runs of the same server, or of servers that share the parameters.
+    prior : Coefficients
+        The shipped model; where the fit starts and what is left where the data say nothing.
+    parameters : sequence of LearnedParameter
+        Bounds and prior spreads.
+    masks : sequence of ndarray of bool, optional
+        Requests to learn from; by default the first 60% of each run.
+    n_blocks : int
+    workers : int
+        Threads that simulate; their number changes no bit of the result.
+
+    Returns
+    -------
+    ServerCalibration
+
+    Raises
+    ------
+    InputError
+        If there is nothing to learn from.
+    """
+    chosen = [training_mask(log) for log in logs] if masks is None else list(masks)
+    blocks = blocks_of(logs, chosen, n_blocks)
+    if not blocks:
+        raise InputError(
+            f"No block of {SMALLEST_BLOCK} completed requests in the training part: there is nothing to learn from. Give a "
+            "longer run."
+        )
+    relevant = _that_act(logs, prior, parameters)
+    start = np.log([prior.values[p.name] for p in relevant])
+    spread = np.array([p.prior_log_sd for p in relevant])
+    names = [p.name for p in relevant]
+
+    def data(x: FloatArray, free: IntArray) -> FloatArray:
+        values = {names[j]: float(np.exp(v)) for j, v in zip(free, x, strict=True)}
+        return residuals(logs, blocks, with_values(prior, values), workers=workers)
+
+    def jacobian(x: FloatArray, free: IntArray) -> FloatArray:
+        base = data(x, free)
+        steps = np.eye(len(x)) * DIFFERENCE_STEP
+        return np.column_stack([(data(x + step, free) - base) / DIFFERENCE_STEP for step in steps])
+
+    everything = np.arange(len(relevant))
+    determined = _determined(jacobian(start, everything), spread)
+    fitted = start.copy()
+    for _ in range(2):  # what is determined may change where the fit ends
+        if determined.size:
+            fitted = start.copy()
+            fitted[determined] = _fit(data, jacobian, start, spread, determined, relevant)
+        full = jacobian(fitted, everything)
+        again = _determined(full, spread)
+        if np.array_equal(again, determined):
+            break
+        determined = again
+    final = data(fitted, everything)
+    inflation = max(1.0, float(final @ final) / max(len(final) - len(determined), 1))
+    covariance = np.linalg.inv(full.T @ full / inflation + np.diag(spread**-2))
+    values = {names[j]: float(np.exp(fitted[j])) for j in determined}
+    shrinkage = np.sqrt(np.diag(covariance)) / spread
+    return ServerCalibration(
+        coefficients=with_values(prior, values),
+        parameters=tuple(relevant),
+        determined=tuple(names[j] for j in determined),
+        log_covariance=covariance,
+        shrinkage={n: float(s) for n, s in zip(names, shrinkage, strict=True)},
+        residual_log_sd=_residual_log_sd(blocks, final),
+        inflation=inflation,
+        n_blocks=len(blocks),
+    )
+
+
+def _that_act(
+    logs: Sequence[ServedLog], prior: Coefficients, parameters: Sequence[LearnedParameter]
+) -> list[LearnedParameter]:
+    """Parameters that change anything on these servers: no collectives without ranks, no mixtures in a dense model."""
+    compiled = [prior.compile(log.deployment) for log in logs]
+    result = []
+    for p in parameters:
+        if p.name not in prior.values:
+            continue
+        moved = with_values(prior, {p.name: prior.values[p.name] * (1 + DIFFERENCE_STEP)})
+        overheads = moved.api_overheads_us() != prior.api_overheads_us() and any(not log.is_engine_side for log in logs)
+        same = all(_same(moved.compile(log.deployment), c) for log, c in zip(logs, compiled, strict=True))
+        if overheads or not same:
+            result.append(p)
+    return result
+
+
+def _same(a: object, b: object) -> bool:
+    same_as = getattr(a, "same_as", None)
+    return bool(same_as(b)) if same_as is not None else False
+
+
+def _determined(jacobian: FloatArray, spread: FloatArray) -> IntArray:
+    """Parameters whose spread the data at least halve."""
+    covariance = np.linalg.inv(jacobian.T @ jacobian + np.diag(spread**-2))
+    return np.flatnonzero(np.sqrt(np.diag(covariance)) / spread < DETERMINED_SHRINKAGE)
+
+
+def _fit(data, jacobian, start, spread, free, parameters):  # type: ignore[no-untyped-def]
+    """Most probable values of the free parameters, the others at their prior."""
+    low = np.log([parameters[j].low for j in free])
+    high = np.log([parameters[j].high for j in free])
+    own, sd = start[free], spread[free]
+    solution = least_squares(
+        lambda x: np.concatenate([data(x, free), (x - own) / sd]),
+        np.clip(own, low + 1e-9, high - 1e-9),
+        jac=lambda x: np.vstack([jacobian(x, free), np.diag(1.0 / sd)]),
+        bounds=(low, high),
+        x_scale=sd,
+        xtol=CONVERGED,
+        ftol=CONVERGED,
+        max_nfev=MAX_EVALUATIONS,
+    )
+    return solution.x
+
+
+def _residual_log_sd(blocks: Sequence[Block], whitened: FloatArray) -> dict[str, float]:
+    found: dict[str, list[float]] = {}
+    position = 0
+    for block in blocks:
+        for name in block.means:
+            found.setdefault(name, []).append(float(whitened[position]) * block.log_sd[name])
+            position += 1
+    return {name: float(np.sqrt(np.mean(np.square(v)))) for name, v in found.items()}

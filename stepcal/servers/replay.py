@@ -1,0 +1,36 @@
+"""A log sent again in a simulation: requests in, latencies out, on the step time of any coefficients."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from stepcal.servers.log import ServedLog
+from stepcal.simulator import SimulationResult, simulate
+from stepcal.step_time.coefficients import Coefficients
+from stepcal.units import US_PER_S, FloatArray
+
+
+def simulate_log(log: ServedLog, coefficients: Coefficients) -> SimulationResult:
+    """Simulate a log's requests on its deployment; API overheads are left out where latencies are the engine's own."""
+    overheads = {} if log.is_engine_side else coefficients.api_overheads_us()
+    return simulate(
+        log.requests,
+        log.deployment.limits,
+        coefficients.compile(log.deployment),
+        timeout_s=log.timeout_s,
+        **overheads,
+    )
+
+
+def replayed_latencies_s(log: ServedLog, coefficients: Coefficients) -> tuple[FloatArray, FloatArray]:
+    """Return predicted E2E latency and TTFT of each request in seconds, NaN where it does not complete."""
+    result = simulate_log(log, coefficients)
+    e2e = result.e2e_us() / US_PER_S
+    return e2e, np.where(np.isnan(e2e), np.nan, result.ttft_us() / US_PER_S)
+
+
+def with_values(coefficients: Coefficients, values: dict[str, float]) -> Coefficients:
+    """Return coefficients with some values changed."""
+    return replace(coefficients, values={**coefficients.values, **values})
