@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from stepcal.cli.cache import cache
+from stepcal.cli.export import export
 from stepcal.cli.ingest import ingest
 from stepcal.cli.output import Json, emit, reports_errors
+from stepcal.cli.own_server import calibrate, check, demo
 from stepcal.cli.report import report
 from stepcal.cli.simulate_command import simulate
 from stepcal.files import refuse_unwritable
@@ -299,6 +301,10 @@ app.command()(reports_errors(ingest))
 app.command()(reports_errors(simulate))
 app.command()(reports_errors(report))
 app.command()(reports_errors(cache))
+app.command()(reports_errors(check))
+app.command()(reports_errors(calibrate))
+app.command()(reports_errors(demo))
+app.command()(reports_errors(export))
 
 if __name__ == "__main__":
     app()

@@ -96,9 +96,7 @@ def stepml_file(document: Mapping[str, Any], *, source: str) -> StepmlFile:
     content.setdefault("format", FORMAT)
     content.setdefault("schema_version", SCHEMA_VERSION)
     if isinstance(content.get("parameters"), list):
-        content["parameters"] = [
-            {"unit": "1", **p} if isinstance(p, dict) else p for p in content["parameters"]
-        ]
+        content["parameters"] = [{"unit": "1", **p} if isinstance(p, dict) else p for p in content["parameters"]]
     checked_document(content, source=source)
     about = {k: v for k, v in content.items() if k not in ("format", "schema_version", "variant", "parameters")}
     return StepmlFile(str(content["variant"]), tuple(content["parameters"]), about)
@@ -157,10 +155,13 @@ def from_csv(text: str, *, source: str) -> StepmlFile:
     try:
         about = json.loads(first.removeprefix(_ABOUT))
         parameters = [
-            {c: json.loads(v) for c, v in row.items() if v not in (None, "")} for row in csv.DictReader(io.StringIO(rest))
+            {c: json.loads(v) for c, v in row.items() if v not in (None, "")}
+            for row in csv.DictReader(io.StringIO(rest))
         ]
         return stepml_file({**about, "parameters": parameters}, source=source)
     except (ValueError, TypeError, AttributeError) as error:
         if isinstance(error, InputError):
             raise
-        raise InputError(f"{source} is no coefficient table of stepcal ({error}). Export it again with `--to csv`.") from None
+        raise InputError(
+            f"{source} is no coefficient table of stepcal ({error}). Export it again with `--to csv`."
+        ) from None

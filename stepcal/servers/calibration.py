@@ -1,14 +1,14 @@
 """``stepcal calibrate``: what one server's request logs say of the parameters, with the shipped model as prior.
 
-The log is sent again in the simulator (closed loop) and
-``sum((log predicted - log measured)^2 / sigma^2) + sum((log value - log prior)^2 / tau^2)`` is minimised over blocks of time. `sigma`
-holds the error that the model is expected to keep and the noise of a block's mean. A parameter whose spread the data do not
-at least halve is left at its prior and said to be; intervals hold what the others might be.
+The log is sent again in the simulator (closed loop), and over blocks of time
+``sum((log predicted - log measured)^2 / sigma^2) + sum((log value - log prior)^2 / tau^2)`` is minimised.
+`sigma` holds the error that the model is expected to keep and the noise of a block's mean. A parameter whose spread the data
+do not at least halve is held by its prior and said to be; intervals hold what the others might be.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +17,7 @@ from threadpoolctl import threadpool_limits
 
 from stepcal.errors import InputError
 from stepcal.servers.log import ServedLog
+from stepcal.servers.posterior import Belief, draw
 from stepcal.servers.replay import replayed_latencies_s, with_values
 from stepcal.step_time.coefficients import Coefficients
 from stepcal.step_time.physical_parameters import LearnedParameter
@@ -30,19 +31,24 @@ BLOCKS = 4
 SMALLEST_BLOCK = 8
 """Requests below which a block says nothing."""
 MODEL_LOG_SD = {"tpot": 0.01, "ttft": 0.05}
-"""Error that the model is expected to keep on a block's mean, as for the shipped default (`stepcal.calibration.closed_loop`)."""
+"""Error that the model is expected to keep on a block's mean, as in `stepcal.calibration.closed_loop`."""
 QUEUED_TTFT_STEPS = 20.0
 """From this many steps on the first token waits for a queue, where 1% of step time is far more than 1% of the wait."""
 QUEUED_LOG_SD = {"tpot": 0.02, "ttft": 0.3}
 DETERMINED_SHRINKAGE = 0.5
 """A parameter is determined where its spread given the data is below this share of its prior's."""
-NORMAL_95 = 1.959964
-"""Half-width of a 95% interval of a normal distribution, in standard deviations."""
-DIFFERENCE_STEP = 4e-3
-"""Step of finite differences in the logarithm: well above the jitter of single requests changing batches."""
+TAIL = 0.025
+"""Probability beyond each end of a 95% interval."""
+DIFFERENCE_STEP = 0.1
+"""Largest step of central differences in the logarithm; half the prior's spread where that is less. Single requests that
+change batches jitter a block's mean by 1e-4: a step of 4e-3 turned that into information that the data do not hold."""
+SMALL_CHANGE = 1e-3
 MISSING_RESIDUAL = 30.0
 MAX_EVALUATIONS = 12
 CONVERGED = 1e-3
+
+
+Vector = Callable[[FloatArray], FloatArray]
 
 
 @dataclass(frozen=True)
@@ -66,9 +72,9 @@ class ServerCalibration:
     parameters : tuple of LearnedParameter
         All that could be learned; bounds and priors.
     determined : tuple of str
-        Those that the data determine; the others stand at their prior.
-    log_covariance : ndarray, shape (n_parameters, n_parameters)
-        Of the logarithms, given data and prior, of all parameters.
+        Those that the data determine; the prior holds the others.
+    draws : ndarray, shape (n_draws, n_parameters)
+        Logarithms of the parameters, drawn given data and prior.
     shrinkage : dict
         Spread given the data over the prior's, by name.
     residual_log_sd : dict
@@ -81,7 +87,7 @@ class ServerCalibration:
     coefficients: Coefficients
     parameters: tuple[LearnedParameter, ...]
     determined: tuple[str, ...]
-    log_covariance: FloatArray
+    draws: FloatArray
     shrinkage: dict[str, float]
     residual_log_sd: dict[str, float]
     inflation: float
@@ -90,9 +96,8 @@ class ServerCalibration:
     def interval(self, name: str) -> tuple[float, float]:
         """95% interval of a parameter."""
         i = [p.name for p in self.parameters].index(name)
-        half = NORMAL_95 * float(np.sqrt(self.log_covariance[i, i]))
-        value = self.coefficients.values[name]
-        return value * float(np.exp(-half)), value * float(np.exp(half))
+        low, high = np.exp(np.quantile(self.draws[:, i], [TAIL, 1 - TAIL]))
+        return float(low), float(high)
 
 
 def training_mask(log: ServedLog, share: float = TRAIN_SHARE) -> BoolArray:
@@ -105,8 +110,8 @@ def training_mask(log: ServedLog, share: float = TRAIN_SHARE) -> BoolArray:
     """
     if log.e2e_s is None:
         raise InputError(
-            f"`{log.run}` has summaries only; a calibration needs single requests. `stepcal ingest` reads them from the load "
-            "generator's own files."
+            f"`{log.run}` has summaries only; a calibration needs single requests. `stepcal ingest` reads them "
+            "from the load generator's own files."
         )
     n = len(log.requests)
     n_train = round(share * n)
@@ -125,9 +130,8 @@ def blocks_of(logs: Sequence[ServedLog], masks: Sequence[BoolArray], n_blocks: i
         done = mask & ~np.isnan(log.e2e_s)
         for stage in np.unique(log.stage):
             rows = np.flatnonzero(done & (log.stage == stage))
-            for chosen in np.array_split(rows, min(n_blocks, max(len(rows) // SMALLEST_BLOCK, 1))):
-                if len(chosen) >= SMALLEST_BLOCK:
-                    result.append(_block(i, log, chosen))
+            parts = np.array_split(rows, min(n_blocks, max(len(rows) // SMALLEST_BLOCK, 1)))
+            result += [_block(i, log, chosen) for chosen in parts if len(chosen) >= SMALLEST_BLOCK]
     return result
 
 
@@ -142,7 +146,9 @@ def _block(i: int, log: ServedLog, chosen: IntArray) -> Block:
     return Block(i, chosen, means, sds)
 
 
-def block_values(log: ServedLog, chosen: IntArray, e2e_s: FloatArray | None, ttft_s: FloatArray | None) -> dict[str, FloatArray]:
+def block_values(
+    log: ServedLog, chosen: IntArray, e2e_s: FloatArray | None, ttft_s: FloatArray | None
+) -> dict[str, FloatArray]:
     """Figures of requests that a block is judged by: time per output token, and TTFT where the client streamed."""
     if e2e_s is None or ttft_s is None:
         return {}
@@ -181,6 +187,7 @@ def calibrate_server(
     *,
     masks: Sequence[BoolArray] | None = None,
     n_blocks: int = BLOCKS,
+    seed: int = 0,
     workers: int = 1,
 ) -> ServerCalibration:
     """Learn of one server's parameters what its logs determine.
@@ -196,6 +203,8 @@ def calibrate_server(
     masks : sequence of ndarray of bool, optional
         Requests to learn from; by default the first 60% of each run.
     n_blocks : int
+    seed : int
+        Of the draws.
     workers : int
         Threads that simulate; their number changes no bit of the result.
 
@@ -220,38 +229,28 @@ def calibrate_server(
     spread = np.array([p.prior_log_sd for p in relevant])
     names = [p.name for p in relevant]
 
-    def data(x: FloatArray, free: IntArray) -> FloatArray:
-        values = {names[j]: float(np.exp(v)) for j, v in zip(free, x, strict=True)}
+    def data(x: FloatArray) -> FloatArray:
+        values = dict(zip(names, np.exp(x).tolist(), strict=True))
         return residuals(logs, blocks, with_values(prior, values), workers=workers)
 
-    def jacobian(x: FloatArray, free: IntArray) -> FloatArray:
-        base = data(x, free)
-        steps = np.eye(len(x)) * DIFFERENCE_STEP
-        return np.column_stack([(data(x + step, free) - base) / DIFFERENCE_STEP for step in steps])
+    def jacobian(x: FloatArray) -> FloatArray:
+        sizes = np.minimum(DIFFERENCE_STEP, spread / 2)
+        pairs = [(data(x + row), data(x - row), 2 * row.max()) for row in np.diag(sizes)]
+        return np.column_stack([(up - down) / width for up, down, width in pairs])
 
-    everything = np.arange(len(relevant))
-    determined = _determined(jacobian(start, everything), spread)
-    fitted = start.copy()
-    for _ in range(2):  # what is determined may change where the fit ends
-        if determined.size:
-            fitted = start.copy()
-            fitted[determined] = _fit(data, jacobian, start, spread, determined, relevant)
-        full = jacobian(fitted, everything)
-        again = _determined(full, spread)
-        if np.array_equal(again, determined):
-            break
-        determined = again
-    final = data(fitted, everything)
-    inflation = max(1.0, float(final @ final) / max(len(final) - len(determined), 1))
-    covariance = np.linalg.inv(full.T @ full / inflation + np.diag(spread**-2))
-    values = {names[j]: float(np.exp(fitted[j])) for j in determined}
-    shrinkage = np.sqrt(np.diag(covariance)) / spread
+    fitted = _fit(data, jacobian, start, spread, relevant)
+    final = data(fitted)
+    inflation = max(1.0, float(final @ final) / len(final))
+    wider = float(np.sqrt(inflation))
+    belief = Belief.of(relevant, start)
+    draws = draw(belief, lambda x: data(x) / wider, fitted, final / wider, jacobian(fitted) / wider, seed=seed)
+    shrinkage = dict(zip(names, (draws.std(axis=0) / spread).tolist(), strict=True))
     return ServerCalibration(
-        coefficients=with_values(prior, values),
+        coefficients=with_values(prior, dict(zip(names, np.exp(fitted).tolist(), strict=True))),
         parameters=tuple(relevant),
-        determined=tuple(names[j] for j in determined),
-        log_covariance=covariance,
-        shrinkage={n: float(s) for n, s in zip(names, shrinkage, strict=True)},
+        determined=tuple(n for n in names if shrinkage[n] < DETERMINED_SHRINKAGE),
+        draws=draws,
+        shrinkage=shrinkage,
         residual_log_sd=_residual_log_sd(blocks, final),
         inflation=inflation,
         n_blocks=len(blocks),
@@ -267,7 +266,7 @@ def _that_act(
     for p in parameters:
         if p.name not in prior.values:
             continue
-        moved = with_values(prior, {p.name: prior.values[p.name] * (1 + DIFFERENCE_STEP)})
+        moved = with_values(prior, {p.name: prior.values[p.name] * (1 + SMALL_CHANGE)})
         overheads = moved.api_overheads_us() != prior.api_overheads_us() and any(not log.is_engine_side for log in logs)
         same = all(_same(moved.compile(log.deployment), c) for log, c in zip(logs, compiled, strict=True))
         if overheads or not same:
@@ -280,23 +279,17 @@ def _same(a: object, b: object) -> bool:
     return bool(same_as(b)) if same_as is not None else False
 
 
-def _determined(jacobian: FloatArray, spread: FloatArray) -> IntArray:
-    """Parameters whose spread the data at least halve."""
-    covariance = np.linalg.inv(jacobian.T @ jacobian + np.diag(spread**-2))
-    return np.flatnonzero(np.sqrt(np.diag(covariance)) / spread < DETERMINED_SHRINKAGE)
-
-
-def _fit(data, jacobian, start, spread, free, parameters):  # type: ignore[no-untyped-def]
-    """Most probable values of the free parameters, the others at their prior."""
-    low = np.log([parameters[j].low for j in free])
-    high = np.log([parameters[j].high for j in free])
-    own, sd = start[free], spread[free]
+def _fit(
+    data: Vector, jacobian: Vector, start: FloatArray, spread: FloatArray, parameters: Sequence[LearnedParameter]
+) -> FloatArray:
+    """Most probable logarithms of the parameters."""
+    low, high = np.log([[p.low for p in parameters], [p.high for p in parameters]])
     solution = least_squares(
-        lambda x: np.concatenate([data(x, free), (x - own) / sd]),
-        np.clip(own, low + 1e-9, high - 1e-9),
-        jac=lambda x: np.vstack([jacobian(x, free), np.diag(1.0 / sd)]),
+        lambda x: np.concatenate([data(x), (x - start) / spread]),
+        np.clip(start, low + 1e-9, high - 1e-9),
+        jac=lambda x: np.vstack([jacobian(x), np.diag(1.0 / spread)]),
         bounds=(low, high),
-        x_scale=sd,
+        x_scale=spread,
         xtol=CONVERGED,
         ftol=CONVERGED,
         max_nfev=MAX_EVALUATIONS,

@@ -1,9 +1,9 @@
-"""What one server's clients saw: its requests, to be sent again in a simulation, and their latencies as they were measured."""
+"""What one server's clients saw: its requests, to be sent again in a simulation, and their latencies as measured."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,9 @@ import pyarrow.parquet as pq
 from stepcal.errors import InputError
 from stepcal.experiments.experiment import Experiment
 from stepcal.experiments.folders import read_experiment_folder
+from stepcal.experiments.options import deployment_from
 from stepcal.ingest import MANIFEST
-from stepcal.servers.options import deployment_from
-from stepcal.simulator import RequestList
+from stepcal.simulator import Clients, RequestList
 from stepcal.specs.deployment import Deployment
 from stepcal.units import MS_PER_S, US_PER_S, FloatArray, IntArray
 
@@ -46,6 +46,8 @@ class ServedLog:
         `split`, `metric`, `statistic`, `value` (ms): whole run and stages.
     timeout_s : float
         How long the client waited.
+    clients : Clients, optional
+        Cap on requests in flight and the like, where known.
     is_engine_side : bool
         Whether latencies leave out the API server.
     stream_events : ndarray or None
@@ -60,6 +62,7 @@ class ServedLog:
     ttft_s: FloatArray | None
     summaries: pd.DataFrame
     timeout_s: float = float("inf")
+    clients: Clients | None = None
     is_engine_side: bool = False
     stream_events: FloatArray | None = None
     notes: tuple[str, ...] = ()
@@ -152,7 +155,7 @@ def read_logs(folder: Path, options: Mapping[str, Any], *, prompt_texts: int | N
     ----------
     folder : Path
     options : mapping
-        What the user says of the server (`stepcal.servers.options.deployment_from`).
+        What the user says of the server (`stepcal.experiments.options.deployment_from`).
     prompt_texts : int, optional
         Prompts are this many texts in turn, as load generators cycle through a data set; by default each is its own.
 
@@ -228,8 +231,8 @@ def _table(path: Path, run: str) -> pd.DataFrame:
         raise InputError(f"{path} cannot be read: {error}. Run `stepcal ingest` again.") from None
     if table["arrival_time_us"].isna().any():
         raise InputError(
-            f"`{run}` has no times of arrival (its tool writes none), so its load cannot be sent again in a simulation. Use a "
-            "load generator that writes them: vLLM bench with --save-detailed, GuideLLM, AIPerf, inference-perf."
+            f"`{run}` has no times of arrival (its tool writes none), so its load cannot be sent again in a simulation. "
+            "Use a load generator that writes them: vLLM bench with --save-detailed, GuideLLM, AIPerf, inference-perf."
         )
     return table
 
@@ -264,9 +267,7 @@ def requests_of(table: pd.DataFrame, *, prompt_texts: int | None = None) -> tupl
     )
 
 
-def _prompts(
-    lengths: IntArray, cached: FloatArray, prompt_texts: int | None
-) -> tuple[Any, Any, Any, Any, list[str]]:
+def _prompts(lengths: IntArray, cached: FloatArray, prompt_texts: int | None) -> tuple[Any, Any, Any, Any, list[str]]:
     """Prompts as segments: texts in turn, what the server found in its cache, or a text for each request."""
     n = len(lengths)
     order = np.arange(n, dtype=np.int64)
@@ -274,7 +275,7 @@ def _prompts(
         note = f"Prompts are taken to be {prompt_texts} texts in turn, as `--prompt-texts` says."
         return order.astype(np.int32), np.arange(n + 1), order % prompt_texts, lengths, [note]
     if np.isnan(cached).all():
-        note = "Each prompt is taken to be a text of its own: nothing is found in the prefix cache. `--prompt-texts N` says else."
+        note = "Each prompt is taken to be a text of its own: nothing is cached. `--prompt-texts N` says else."
         return order.astype(np.int32), np.arange(n + 1), order, lengths, [note]
     shared = np.minimum(np.nan_to_num(cached).astype(np.int64), lengths - 1)
     has_shared = shared > 0
@@ -286,6 +287,10 @@ def _prompts(
     return order.astype(np.int32), start, content, tokens, ["Cached prompt tokens are those that the server reported."]
 
 
-def merged(logs: Sequence[ServedLog]) -> str:
-    """Return a short name for several runs."""
-    return logs[0].run if len(logs) == 1 else f"{len(logs)} runs"
+def log_hashes(folder: Path) -> dict[str, str]:
+    """Return the SHA-256 of each run's table, from the manifest; empty for a folder that was not ingested."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        return {}
+    manifest = json.loads(path.read_text(encoding="utf-8"))
+    return {str(run["run"]): str(run["parquet_sha256"]) for run in manifest["runs"]}

@@ -15,12 +15,15 @@ from stepcal.units import US_PER_S, FloatArray
 def simulate_log(log: ServedLog, coefficients: Coefficients) -> SimulationResult:
     """Simulate a log's requests on its deployment; API overheads are left out where latencies are the engine's own."""
     overheads = {} if log.is_engine_side else coefficients.api_overheads_us()
+    before, after = overheads.get("api_before_us", 0.0), overheads.get("api_after_us", 0.0)
     return simulate(
         log.requests,
         log.deployment.limits,
         coefficients.compile(log.deployment),
         timeout_s=log.timeout_s,
-        **overheads,
+        clients=log.clients,
+        api_before_us=before,
+        api_after_us=after,
     )
 
 

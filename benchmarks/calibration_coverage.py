@@ -1,0 +1,69 @@
+"""How often 95% intervals of `calibrate_server` hold the truth, on simulated logs: ``python benchmarks/calibration_coverage.py``.
+
+Truths are drawn from the prior, as the intervals suppose; block errors are those that a calibration expects.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections import defaultdict
+
+import numpy as np
+from joblib import Parallel, delayed
+
+from stepcal.experiments.options import deployment_from
+from stepcal.servers.calibration import calibrate_server
+from stepcal.servers.demo import DEMO_SERVER, Load, simulated_log
+from stepcal.servers.priors import prior_of
+from stepcal.servers.replay import replayed_latencies_s, with_values
+from stepcal.simulator import LoadStage
+
+TRAINING = Load((LoadStage(4.0, 150.0), LoadStage(7.0, 150.0)))
+ELSEWHERE = Load((LoadStage(9.0, 100.0),))
+DRAWS_PREDICTED = 40
+
+
+def one(seed: int) -> dict[str, tuple[bool, bool]]:
+    """Whether each interval holds its truth, and whether the data determine the parameter."""
+    prior, parameters = prior_of("default")
+    deployment = deployment_from(DEMO_SERVER).deployment
+    rng = np.random.Generator(np.random.PCG64([seed, 7]))
+    truth = {}
+    for p in parameters:
+        while not p.low < (value := prior.values[p.name] * np.exp(rng.normal() * p.prior_log_sd)) < p.high:
+            pass
+        truth[p.name] = float(value)
+    right = with_values(prior, truth)
+    fitted = calibrate_server([simulated_log(deployment, right, TRAINING, seed=seed)], prior, parameters, seed=seed)
+    result = {}
+    for p in fitted.parameters:
+        low, high = fitted.interval(p.name)
+        result[p.name] = (low <= truth[p.name] <= high, p.name in fitted.determined)
+    exact = simulated_log(deployment, right, ELSEWHERE, seed=seed + 1, block_log_sd={"tpot": 0.0, "ttft": 0.0})
+    means = []
+    for draw in fitted.draws[:: max(len(fitted.draws) // DRAWS_PREDICTED, 1)]:
+        values = dict(zip((p.name for p in fitted.parameters), np.exp(draw).tolist(), strict=True))
+        means.append(np.nanmean(replayed_latencies_s(exact, with_values(prior, values))[0]))
+    low, high = np.quantile(means, [0.025, 0.975])
+    result["E2E at a rate not fitted"] = (bool(low <= np.nanmean(exact.e2e_s) <= high), True)
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seeds", type=int, default=200)
+    parser.add_argument("--jobs", type=int, default=1)
+    arguments = parser.parse_args()
+    found: dict[str, list[tuple[bool, bool]]] = defaultdict(list)
+    for row in Parallel(n_jobs=arguments.jobs)(delayed(one)(seed) for seed in range(arguments.seeds)):
+        for name, pair in row.items():
+            found[name].append(pair)
+    every = [inside for name, pairs in found.items() if "E2E" not in name for inside, _ in pairs]
+    for name, pairs in found.items():
+        inside, determined = np.array(pairs).T
+        print(f"{name:<28} {100 * inside.mean():5.1f}% held, determined in {100 * determined.mean():5.1f}%")
+    print(f"{'all parameters':<28} {100 * np.mean(every):5.1f}% of {len(every)} intervals held")
+
+
+if __name__ == "__main__":
+    main()

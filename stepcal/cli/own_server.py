@@ -1,0 +1,162 @@
+"""``stepcal check`` and ``stepcal calibrate``: how wrong the model is on one's own server, and what its logs teach."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from stepcal.cli.output import Json, emit
+from stepcal.cli.server_options import (
+    AcceleratorName,
+    Architecture,
+    Degree,
+    KvBlocks,
+    MaxModelLen,
+    MaxNumSeqs,
+    MaxTokens,
+    Model,
+    OffloadGib,
+    PrefixCaching,
+    PromptTexts,
+    server_options,
+)
+from stepcal.files import refuse_unwritable, write_atomically
+
+Folder = Annotated[Path, typer.Argument(help="Folder that `stepcal ingest` wrote, or one of inference-perf runs.")]
+
+
+def check(
+    folder: Folder,
+    architecture: Architecture = None,
+    accelerator: AcceleratorName = None,
+    tp: Degree = None,
+    kv_blocks: KvBlocks = None,
+    max_num_seqs: MaxNumSeqs = None,
+    max_num_batched_tokens: MaxTokens = None,
+    max_model_len: MaxModelLen = None,
+    enable_prefix_caching: PrefixCaching = None,
+    kv_offloading_gib: OffloadGib = None,
+    prompt_texts: PromptTexts = None,
+    coefficients: Model = "default",
+    json_out: Json = None,
+) -> None:
+    """Compare what a server's clients saw with what the model predicts, by stage and percentile; name likely mistakes.
+
+    Exit status 1 says that something looks like a mistake. Example: stepcal check mine --architecture llama-2-7b
+    --accelerator h100-sxm --tp 1
+    """
+    from stepcal.servers.checks import CheckOptions, check_log
+    from stepcal.servers.coefficient_file import load_known
+    from stepcal.servers.log import read_logs
+
+    options = server_options(
+        architecture,
+        accelerator,
+        tp,
+        kv_blocks,
+        max_num_seqs,
+        max_num_batched_tokens,
+        max_model_len,
+        enable_prefix_caching,
+        kv_offloading_gib,
+    )
+    known = load_known(coefficients)
+    logs = read_logs(folder, options, prompt_texts=prompt_texts)
+    checks = [check_log(log, CheckOptions(known.coefficients, known.validity)) for log in logs]
+    result = {"coefficients": coefficients, "runs": [c.summary() for c in checks]}
+    emit(result, json_out, "\n".join(c.report() for c in checks))
+    if any(c.suspicions for c in checks):
+        raise typer.Exit(1)
+
+
+def calibrate(
+    folder: Folder,
+    out: Annotated[Path, typer.Option("--out", help="Coefficient file to write.")] = Path("stepml_coefficients.json"),
+    architecture: Architecture = None,
+    accelerator: AcceleratorName = None,
+    tp: Degree = None,
+    kv_blocks: KvBlocks = None,
+    max_num_seqs: MaxNumSeqs = None,
+    max_num_batched_tokens: MaxTokens = None,
+    max_model_len: MaxModelLen = None,
+    enable_prefix_caching: PrefixCaching = None,
+    kv_offloading_gib: OffloadGib = None,
+    prompt_texts: PromptTexts = None,
+    prior: Annotated[str, typer.Option("--prior", help="Coefficients that the data correct.")] = "default",
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of the intervals' draws.")] = 0,
+    json_out: Json = None,
+) -> None:
+    """Learn from request logs what they determine, with the shipped model as prior; judge it where it was not fitted.
+
+    Example: stepcal calibrate mine --architecture llama-2-7b --accelerator h100-sxm --tp 1 --out mine.json
+    """
+    from stepcal.exchange.stepml import json_text
+    from stepcal.servers.coefficient_file import calibrated_file
+    from stepcal.servers.judgement import judge_calibration
+    from stepcal.servers.log import log_hashes, read_logs
+    from stepcal.servers.priors import prior_of
+
+    refuse_unwritable(out)
+    options = server_options(
+        architecture,
+        accelerator,
+        tp,
+        kv_blocks,
+        max_num_seqs,
+        max_num_batched_tokens,
+        max_model_len,
+        enable_prefix_caching,
+        kv_offloading_gib,
+    )
+    start, parameters = prior_of(prior)
+    logs = read_logs(folder, options, prompt_texts=prompt_texts)
+    judgement = judge_calibration(logs, start, parameters, seed=seed)
+    file = calibrated_file(judgement, logs, log_hashes(folder), prior)
+    write_atomically(out, json_text(file))
+    result: dict[str, Any] = {
+        "file": str(out),
+        "determined": list(judgement.calibration.determined),
+        "parameters": [dict(p) for p in file.parameters],
+        "errors": judgement.errors.to_dict("records"),
+        "left_out_stages": judgement.left_out.to_dict("records"),
+        "bias": judgement.bias.to_dict("records"),
+        "log_sd": judgement.log_sd,
+        "validity": judgement.validity.document(),
+    }
+    emit(result, json_out, "\n".join(_calibration_lines(result, judgement, prior, out)))
+
+
+def _calibration_lines(result: dict[str, Any], judgement: Any, prior: str, out: Path) -> list[str]:
+    fitted = judgement.calibration
+    lines = [f"{out}: {len(fitted.determined)} of {len(fitted.parameters)} parameters are determined by the data"]
+    for p in result["parameters"]:
+        if "low" not in p:
+            continue
+        held = "" if p["identified"] else f"   held by the prior ({prior})"
+        lines.append(f"  {p['name']:<26}{p['value']:>12.4g} {p['unit']:<4} [{p['low']:.4g}, {p['high']:.4g}]{held}")
+    lines.append("signed error of means (%), before -> after")
+    for table in (judgement.errors, judgement.left_out):
+        for (run, part, metric), rows in table.groupby(["run", "part", "metric"], sort=False):
+            by = dict(zip(rows["model"], rows["error_percent"], strict=True))
+            lines.append(f"  {run:<34}{part:<12}{metric:<6}{by['before']:>+8.1f} ->{by['after']:>+7.1f}")
+    sd = judgement.log_sd
+    if math.isfinite(sd):
+        lines.append(f"E2E out of sample: {100 * sd:.1f}% root mean square over {judgement.n_out} figures")
+    return lines
+
+
+def demo(
+    out: Annotated[Path, typer.Option("--out", help="Folder to make.")],
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of arrivals, lengths and errors.")] = 0,
+) -> None:
+    """Write a demo data set: what a load generator would have written of a simulated server, with its settings.
+
+    Example: stepcal demo --out raw
+    """
+    from stepcal.servers.demo import write_demo
+
+    for path in write_demo(out, seed=seed):
+        typer.echo(str(path), err=True)

@@ -1,0 +1,121 @@
+"""``stepcal check``: predicted against measured, by stage and percentile, and what looks like a mistake.
+
+Arrivals and lengths go in, latencies come out; nothing of the measured latencies is used. A suspicion is named only where
+another reading of the same log explains it far better, or where the rows themselves cannot be right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from stepcal.servers.log import ServedLog, summarise
+from stepcal.servers.replay import replayed_latencies_s
+from stepcal.servers.suspicions import Suspicion, suspicions
+from stepcal.servers.validity import Validity, outside
+from stepcal.step_time.coefficients import Coefficients
+from stepcal.units import PERCENT
+
+
+@dataclass(frozen=True)
+class Check:
+    """Predicted against measured for one run.
+
+    Attributes
+    ----------
+    run : str
+    table : DataFrame
+        `split`, `metric`, `statistic`, `predicted`, `measured` (ms), `error_percent` (signed).
+    suspicions : tuple of Suspicion
+    outside : tuple of str
+        Where the run lies outside of what the coefficients were fitted on; empty is inside.
+    notes : tuple of str
+    """
+
+    run: str
+    table: pd.DataFrame
+    suspicions: tuple[Suspicion, ...]
+    outside: tuple[str, ...]
+    notes: tuple[str, ...]
+
+    def error_percent(self, metric: str, statistic: str = "mean", split: str = "whole") -> float | None:
+        """Signed error of one figure; None where it was not measured or not predicted."""
+        t = self.table
+        row = t[(t["split"] == split) & (t["metric"] == metric) & (t["statistic"] == statistic)]
+        return float(row["error_percent"].iloc[0]) if len(row) else None
+
+    def summary(self) -> dict[str, Any]:
+        """Return the check for JSON."""
+        return {
+            "run": self.run,
+            "errors": self.table.to_dict("records"),
+            "suspicions": [asdict(s) for s in self.suspicions],
+            "outside_validity": list(self.outside),
+            "notes": list(self.notes),
+        }
+
+    def report(self) -> str:
+        """Return the check for a terminal."""
+        lines = [f"{self.run}: signed error of the prediction (%), and what was measured (ms)"]
+        lines.append(f"  {'':<10}{'':<6}" + "".join(f"{name:>20}" for name in ("mean", "p50", "p90", "p99")))
+        for (split, metric), rows in self.table.groupby(["split", "metric"], sort=False):
+            known = rows.set_index("statistic")
+            cells = [
+                f"{known['error_percent'][s]:+.1f} ({known['measured'][s]:,.1f})" if s in known.index else "-"
+                for s in ("mean", "p50", "p90", "p99")
+            ]
+            lines.append(f"  {split:<10}{metric:<6}" + "".join(f"{cell:>20}" for cell in cells))
+        lines += [f"  looks like a mistake: {s.text}" for s in self.suspicions]
+        where = "; ".join(self.outside)
+        lines.append(f"  outside what was calibrated: {where}." if where else "  inside what was calibrated")
+        lines += [f"  note: {note}" for note in self.notes]
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class CheckOptions:
+    """What `check_log` compares with.
+
+    Attributes
+    ----------
+    coefficients : Coefficients
+    validity : Validity
+    look_for_mistakes : bool
+        Other readings cost a simulation each.
+    """
+
+    coefficients: Coefficients
+    validity: Validity = field(default_factory=Validity)
+    look_for_mistakes: bool = True
+
+
+def check_log(log: ServedLog, options: CheckOptions) -> Check:
+    """Compare one run with what the coefficients predict of it.
+
+    Parameters
+    ----------
+    log : ServedLog
+    options : CheckOptions
+
+    Returns
+    -------
+    Check
+    """
+    e2e, ttft = replayed_latencies_s(log, options.coefficients)
+    if log.ttft_s is not None and np.isnan(log.ttft_s).all():
+        ttft = np.full_like(ttft, np.nan)  # the client did not stream
+    predicted = summarise(e2e, ttft, log.requests.output_tokens, log.stage)
+    keys = ["split", "metric", "statistic"]
+    table = predicted.rename(columns={"value": "predicted"}).merge(
+        log.summaries.rename(columns={"value": "measured"}), on=keys, how="inner"
+    )
+    table = table[table["metric"] != "completed"].reset_index(drop=True)
+    table["error_percent"] = PERCENT * (table["predicted"] / table["measured"] - 1.0)
+    found: Sequence[Suspicion] = ()
+    if options.look_for_mistakes:
+        found = suspicions(log, options.coefficients, e2e, ttft)
+    return Check(log.run, table, tuple(found), tuple(outside(log, options.validity, e2e)), log.notes)

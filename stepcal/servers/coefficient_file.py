@@ -1,0 +1,96 @@
+"""A calibration as a coefficient file, and the validity and error that any coefficients come with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from stepcal.exchange.convert import read_any
+from stepcal.exchange.stepml import StepmlFile
+from stepcal.servers.judgement import Judgement
+from stepcal.servers.log import ServedLog
+from stepcal.servers.validity import Validity
+from stepcal.step_time.coefficients import Coefficients, load_coefficients
+
+ASSUMED_LOG_SD = 0.10
+"""Error of E2E that is taken where coefficients come with none: the bound within which H2 and H3 ask most runs to be."""
+SHIPPED_VALIDITY = Validity(
+    architectures=("llama-2-7b", "llama-2-70b", "llama-2-70b-hf", "codellama-34b", "mixtral-8x7b"),
+    accelerators=("h100-sxm",),
+    tensor_parallel=(1, 2, 4),
+    bytes_per_weight=(2.0,),
+)
+"""What the shipped coefficients were fitted on: the 16 runs of the study (data/experiments.csv)."""
+
+
+@dataclass(frozen=True)
+class KnownModel:
+    """Coefficients with what is known of their validity and error.
+
+    Attributes
+    ----------
+    coefficients : Coefficients
+    validity : Validity
+    log_sd : float
+        Standard deviation of the logarithmic error of E2E, out of sample.
+    error_source : str
+    """
+
+    coefficients: Coefficients
+    validity: Validity
+    log_sd: float
+    error_source: str
+
+
+def load_known(name_or_path: str) -> KnownModel:
+    """Load coefficients by name or from a file, with their validity range and error."""
+    coefficients = load_coefficients(name_or_path)
+    file = read_any(name_or_path)
+    validity = Validity.of_document(file.about.get("validity") or {})
+    is_own = Path(name_or_path).is_file()
+    if not is_own and validity == Validity():
+        validity = SHIPPED_VALIDITY
+    errors = file.about.get("errors") or {}
+    if "log_sd" in errors:
+        return KnownModel(coefficients, validity, float(errors["log_sd"]), str(errors.get("sample", "the file")))
+    return KnownModel(coefficients, validity, ASSUMED_LOG_SD, "assumed: the coefficients come with none")
+
+
+def calibrated_file(
+    judgement: Judgement, logs: Sequence[ServedLog], hashes: Mapping[str, str], prior: str
+) -> StepmlFile:
+    """Turn a calibration into a coefficient file.
+
+    Parameters
+    ----------
+    judgement : Judgement
+    logs : sequence of ServedLog
+    hashes : mapping
+        SHA-256 of each run's table.
+    prior : str
+        Name of the coefficients that were the prior.
+    """
+    fitted = judgement.calibration
+    known = {p.name: p for p in fitted.parameters}
+    parameters: list[dict[str, Any]] = []
+    for name, value in fitted.coefficients.values.items():
+        entry: dict[str, Any] = {"name": name, "value": value, "unit": known[name].unit if name in known else "1"}
+        if name in known:
+            low, high = fitted.interval(name)
+            determined = name in fitted.determined
+            reason = None if determined else "the prior holds it more than the data"
+            entry |= {"low": low, "high": high, "identified": determined, "reason": reason}
+        else:
+            entry |= {"identified": False, "reason": "it changes nothing on this server"}
+        parameters.append(entry)
+    sample = f"{judgement.n_out} test parts and left-out stages of {len(logs)} runs, root mean square of log E2E"
+    about = {
+        "description": f"Calibrated on {', '.join(log.run for log in logs)}, prior {prior}",
+        "validity": judgement.validity.document(),
+        "errors": {"log_sd": judgement.log_sd, "sample": sample},
+        "provenance": {"runs_sha256": dict(hashes), "prior": prior, "stepcal": version("stepcal")},
+    }
+    return StepmlFile(fitted.coefficients.variant, tuple(parameters), about)

@@ -1,0 +1,28 @@
+"""Which parameters a calibration may learn, by the name of the coefficients that are its prior."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from stepcal.errors import InputError
+from stepcal.step_time.coefficients import DEFAULT, Coefficients, load_coefficients
+from stepcal.step_time.physical_parameters import PARAMETERS, LearnedParameter
+
+_PARAMETERS: dict[str, Sequence[LearnedParameter]] = {DEFAULT: PARAMETERS}
+
+
+def prior_of(name_or_path: str) -> tuple[Coefficients, Sequence[LearnedParameter]]:
+    """Return coefficients to start from, and the parameters that data may move.
+
+    Raises
+    ------
+    InputError
+        If the variant declares no priors.
+    """
+    coefficients = load_coefficients(name_or_path)
+    if coefficients.variant not in _PARAMETERS:
+        raise InputError(
+            f"`--prior {name_or_path}` is of the variant `{coefficients.variant}`, whose parameters have no priors. Known: "
+            f"{', '.join(_PARAMETERS)}."
+        )
+    return coefficients, _PARAMETERS[coefficients.variant]
