@@ -1,4 +1,4 @@
-"""How often 95% intervals of `calibrate_server` hold the truth, on simulated logs: ``python benchmarks/calibration_coverage.py``.
+"""How often 95% intervals of `calibrate_server` hold the truth, on simulated logs.
 
 Truths are drawn from the prior, as the intervals suppose; block errors are those that a calibration expects.
 """

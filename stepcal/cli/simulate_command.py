@@ -20,7 +20,10 @@ def simulate(
         int, typer.Option("--kv-blocks", help="KV blocks of the server, as vLLM logs them (num_gpu_blocks).")
     ],
     coefficients: Annotated[
-        str, typer.Option("--coefficients", "--stepml-model", help="default, global9, phase16, model36, or a coefficient file.")
+        str,
+        typer.Option(
+            "--coefficients", "--stepml-model", help="default, global9, phase16, model36, or a coefficient file."
+        ),
     ],
     accelerator: Annotated[str, typer.Option("--accelerator", help="GPU, by name.")] = "h100-sxm",
     tp: Annotated[int, typer.Option("--tp", help="Tensor-parallel degree.")] = 1,

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import jsonschema
+import fastjsonschema
 
 from stepcal.errors import InputError
 from stepcal.locations import data_folder
@@ -57,6 +57,11 @@ def schema() -> dict[str, Any]:
     return dict(json.loads(text))
 
 
+@functools.cache
+def _validator() -> Any:
+    return fastjsonschema.compile(schema())
+
+
 def checked_document(document: Any, *, source: str) -> dict[str, Any]:
     """Return a document that holds to the schema.
 
@@ -77,10 +82,10 @@ def checked_document(document: Any, *, source: str) -> dict[str, Any]:
             f"{source} has `schema_version` {version}; this stepcal reads up to {SCHEMA_VERSION}. Update stepcal, or export "
             "the file again with the older version."
         )
-    error = jsonschema.exceptions.best_match(jsonschema.Draft202012Validator(schema()).iter_errors(document))
-    if error is not None:
-        place = ".".join(str(part) for part in error.absolute_path) or "the document"
-        raise InputError(f"{source}: {place}: {error.message[:200]}. The schema is data/exchange/{SCHEMA_FILE}.")
+    try:
+        _validator()(document)
+    except fastjsonschema.JsonSchemaValueException as error:
+        raise InputError(f"{source}: {error.message[:200]}. The schema is data/exchange/{SCHEMA_FILE}.") from None
     return dict(document)
 
 
