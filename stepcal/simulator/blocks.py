@@ -1,4 +1,4 @@
-"""KV blocks as vLLM 0.15.1 hands them out: a FIFO queue of free blocks that keep their content until they are taken.
+"""KV blocks as vLLM hands them out: a FIFO queue of free blocks that keep their content until they are taken.
 
 A block that no other request can hit is anonymous: only the number of such blocks matters, so runs of them share an
 entry and a request's decode allocations cost one subtraction. Blocks of shared prefixes are told apart one by one,
@@ -6,7 +6,7 @@ because the order in which they are freed decides which of them survive until th
 """
 
 from stepcal.simulator.compilation import inlined
-from stepcal.simulator.layout import ANONYMOUS, Pool, Slots
+from stepcal.simulator.layout import ANONYMOUS, Limits, Pool, Slots
 
 
 @inlined
@@ -89,6 +89,26 @@ def free_anonymous(pool: Pool, n_blocks: int) -> None:
     pool.entries.node[entry] = ANONYMOUS
     pool.entries.count[entry] = n_blocks
     _append(pool, entry)
+
+
+@inlined
+def free_unfindable(limits: Limits, pool: Pool, n_blocks: int) -> None:
+    """Free blocks that hold no full block of text, so that nobody can ever hit them."""
+    if not limits.reuses_unfindable_first or n_blocks <= 0:
+        free_anonymous(pool, n_blocks)
+        return
+    pool.n.free += n_blocks
+    first = pool.entries.next[0]
+    if first and pool.entries.node[first] == ANONYMOUS:
+        pool.entries.count[first] += n_blocks
+        return
+    entry = _take_spare(pool)
+    pool.entries.node[entry] = ANONYMOUS
+    pool.entries.count[entry] = n_blocks
+    pool.entries.prev[entry] = 0
+    pool.entries.next[entry] = first
+    pool.entries.prev[first] = entry
+    pool.entries.next[0] = entry
 
 
 @inlined

@@ -1,12 +1,11 @@
-"""The server as the simulator sees it: vLLM 0.15.1's scheduler limits. What is not modelled is refused by name."""
+"""The server as the simulator sees it: the limits of vLLM's scheduler. What is not modelled is refused by name."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
 from stepcal.errors import InputError, NotModelledError
-
-MODELLED_VLLM_VERSION = "0.15.1"
+from stepcal.simulator.versions import OLDEST, VllmRelease, release_of
 
 # vLLM's engine arguments that change scheduling in ways the simulator does not model, with the value that switches
 # each off.
@@ -22,13 +21,12 @@ NOT_MODELLED: dict[str, tuple[Any, str]] = {
     "scheduling_policy": ("fcfs", "scheduling policies other than first come, first served"),
     "enable_chunked_prefill": (True, "scheduling without chunked prefill"),
     "long_prefill_token_threshold": (0, "a threshold for long prefills"),
-    "vllm_version": (MODELLED_VLLM_VERSION, f"vLLM versions other than {MODELLED_VLLM_VERSION}"),
 }
 
 
 @dataclass(frozen=True, kw_only=True)
 class ServerConfig:
-    """Scheduler limits of one vLLM 0.15.1 server.
+    """Scheduler limits of one vLLM server.
 
     Parameters
     ----------
@@ -48,11 +46,15 @@ class ServerConfig:
         KV blocks that the pool in CPU memory can hold, 0 without KV offloading.
     async_scheduling : bool
         Whether a step is scheduled while the one before it runs (vLLM's default).
+    vllm_version : str
+        Release of vLLM, see `stepcal.simulator.versions`. By default 0.15.1, which the study's runs had.
 
     Raises
     ------
     InputError
         If a limit is not positive, or the token budget is below the sequence limit.
+    NotModelledError
+        If the release is older than all recorded ones.
     """
 
     kv_blocks: int
@@ -63,8 +65,10 @@ class ServerConfig:
     enable_prefix_caching: bool = True
     offload_blocks: int = 0
     async_scheduling: bool = True
+    vllm_version: str = OLDEST
 
     def __post_init__(self) -> None:
+        release_of(self.vllm_version)
         for name in ("max_num_seqs", "max_num_batched_tokens", "max_model_len", "block_size"):
             value = getattr(self, name)
             if value < 1:
@@ -87,6 +91,11 @@ class ServerConfig:
     def usable_blocks(self) -> int:
         """KV blocks that requests can hold."""
         return self.kv_blocks - 1
+
+    @property
+    def release(self) -> VllmRelease:
+        """The recorded release of vLLM that this server is simulated as."""
+        return release_of(self.vllm_version)
 
     @classmethod
     def from_vllm_arguments(cls, arguments: Mapping[str, Any]) -> "ServerConfig":
@@ -114,7 +123,7 @@ class ServerConfig:
                 if value is not None and value != neutral:
                     raise NotModelledError(
                         f"`{name}: {value}` asks for what the simulator does not model: {what}. "
-                        f"It models vLLM {MODELLED_VLLM_VERSION} with `{name}: {neutral}`."
+                        f"It models vLLM with `{name}: {neutral}`."
                     )
             elif name == "num_gpu_blocks_override":
                 values["kv_blocks"] = value

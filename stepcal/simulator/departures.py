@@ -3,10 +3,10 @@
 import numpy as np
 
 from stepcal.simulator import layout as at
-from stepcal.simulator.blocks import drop_ghost, free_anonymous, free_keyed, register
+from stepcal.simulator.blocks import drop_ghost, free_anonymous, free_keyed, free_unfindable, register
 from stepcal.simulator.compilation import compiled, inlined
 from stepcal.simulator.layout import Limits, Pool, Requests, Slots, State
-from stepcal.simulator.scheduling import blocks_of, find_next_finish, stop_decoding
+from stepcal.simulator.scheduling import blocks_of, find_next_finish, full_blocks, stop_decoding
 from stepcal.simulator.sending import leave, push_arrival
 
 
@@ -63,7 +63,9 @@ def finish_requests(
         request = slots.rows.request[slot]
         kv_tokens = slots.rows.prompt[slot] + slots.rows.output[slot] - 1
         register(pool, slots, slot, requests.rows.chain[request], kv_tokens // limits.block_size)
-        free_anonymous(pool, blocks_of(kv_tokens, limits.block_size) - slots.rows.n_keyed[slot])
+        n_full = kv_tokens // limits.block_size
+        free_unfindable(limits, pool, blocks_of(kv_tokens, limits.block_size) - n_full)
+        free_anonymous(pool, n_full - slots.rows.n_keyed[slot])
         free_keyed(pool, slots, slot)
         _finish(limits, requests, slots, state, slot, now_us)
     state.n_running = n_kept
@@ -149,10 +151,14 @@ def _abort_admitted(limits: Limits, requests: Requests, slots: Slots, pool: Pool
         computed = slots.rows.base[slot] + min(call, slots.rows.finish_call[slot] + 1)
         if slots.rows.finish_call[slot] >= call:
             stop_decoding(slots, state, slot, limits.block_size, requests.rows.stage[request])
+        n_full = full_blocks(limits, slots, slot, computed)
     else:
         computed = slots.rows.computed[slot]
+        n_full = computed // limits.block_size
         state.prefill_slot = -1
-    free_anonymous(pool, blocks_of(computed, limits.block_size) - slots.rows.n_keyed[slot])
+    n_full = max(n_full, slots.rows.n_keyed[slot])
+    free_unfindable(limits, pool, blocks_of(computed, limits.block_size) - n_full)
+    free_anonymous(pool, n_full - slots.rows.n_keyed[slot])
     free_keyed(pool, slots, slot)
     state.n_running -= 1
     for j in range(i, state.n_running):

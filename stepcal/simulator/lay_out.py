@@ -36,6 +36,8 @@ def limits_of(
         max_jump=at.NEVER if max_jump is None else max_jump,
         needs_duration=int(asks),
         has_caching=int(server.enable_prefix_caching),
+        admits_whole_sequences=int(server.release.admits_whole_sequences),
+        reuses_unfindable_first=int(server.release.reuses_unfindable_blocks_first),
         api_after_us=float(api_after_us),
         api_before_us=float(api_before_us),
         timeout_us=timeout_us,

@@ -123,6 +123,8 @@ class Limits(NamedTuple):
     max_jump: int  # most decode steps advanced at once
     needs_duration: int  # 1: the caller supplies every step's duration
     has_caching: int
+    admits_whole_sequences: int  # see `versions.VllmRelease`
+    reuses_unfindable_first: int
     api_after_us: float
     api_before_us: float
     timeout_us: float

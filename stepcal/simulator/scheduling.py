@@ -13,6 +13,7 @@ from stepcal.simulator.blocks import (
     free_anonymous,
     free_ghost,
     free_keyed,
+    free_unfindable,
     register,
     take_blocks,
     touch,
@@ -108,6 +109,13 @@ def next_registration(limits: Limits, slots: Slots, state: State) -> int:
     return earliest
 
 
+@inlined
+def full_blocks(limits: Limits, slots: Slots, slot: int, computed: int) -> int:
+    """Full blocks of a decoding request whose tokens are all known; asynchronously the last token is in flight."""
+    lag = 1 if limits.flight_limit > 1 else 0
+    return max(slots.rows.known[slot], computed - lag) // limits.block_size
+
+
 @compiled
 def _preempt_last(limits: Limits, requests: Requests, slots: Slots, pool: Pool, state: State, now_us: float) -> int:
     """Preempt the last running request: all its blocks are freed, and it goes to the front of the queue."""
@@ -117,8 +125,7 @@ def _preempt_last(limits: Limits, requests: Requests, slots: Slots, pool: Pool, 
     request = slots.rows.request[slot]
     if slots.rows.state[slot] == at.SLOT_DECODE:
         computed = slots.rows.base[slot] + call
-        lag = 1 if limits.flight_limit > 1 else 0
-        n_full = max(slots.rows.known[slot] // limits.block_size, (computed - lag) // limits.block_size)
+        n_full = full_blocks(limits, slots, slot, computed)
         if slots.rows.finish_call[slot] >= call:
             stop_decoding(slots, state, slot, limits.block_size, requests.rows.stage[request])
             if state.next_finish == slots.rows.finish_call[slot]:
@@ -133,7 +140,7 @@ def _preempt_last(limits: Limits, requests: Requests, slots: Slots, pool: Pool, 
     n_blocks = blocks_of(computed, limits.block_size)
     n_keyed = slots.rows.n_keyed[slot]
     if limits.has_caching:
-        free_anonymous(pool, n_blocks - max(n_full, n_keyed))
+        free_unfindable(limits, pool, n_blocks - max(n_full, n_keyed))
         free_ghost(pool, slot, n_full - n_keyed)
     else:
         free_anonymous(pool, n_blocks)
@@ -286,7 +293,8 @@ def admit(
     cached = (n_hits + n_own) * block_size
     chunk = min(known - cached, budget)
     n_new = blocks_of(chunk, block_size)
-    if n_new + n_evictable + n_own > pool.n.free:
+    n_needed = blocks_of(known - cached, block_size) if limits.admits_whole_sequences else n_new
+    if n_needed + n_evictable + n_own > pool.n.free:
         return 0, 0
     touch(pool, slots, slot, n_hits)
     if n_own:

@@ -17,8 +17,8 @@ _UNNAMED = -1
 
 
 def load_recordings(folder: str) -> list[dict]:
-    """All recordings of a folder of tests/conformance, in order of file names."""
-    paths = sorted((RECORDINGS / folder).glob("*.json.gz"))
+    """All recordings of a folder of tests/conformance, in order of releases and file names."""
+    paths = sorted((RECORDINGS / folder).rglob("*.json.gz"))
     return [recording for path in paths for recording in json.loads(gzip.decompress(path.read_bytes()))]
 
 
@@ -32,6 +32,7 @@ def server_of(config: dict) -> ServerConfig:
         block_size=config["block_size"],
         enable_prefix_caching=config["enable_prefix_caching"],
         async_scheduling=config["async_scheduling"],
+        vllm_version=config.get("vllm_version", "0.15.1"),
     )
 
 

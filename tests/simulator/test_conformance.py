@@ -1,8 +1,10 @@
-"""The simulator does what the real vLLM 0.15.1 did, call for call, in every recorded scenario."""
+"""The simulator does what the real vLLM did, call for call, in every recorded scenario of every recorded release."""
 
 import numpy as np
 import pytest
 from scenario_adapter import load_recordings, play_calls, play_timed, run_timed
+
+from stepcal.simulator.versions import RELEASES
 
 CALLS = load_recordings("recordings")
 TIMED = load_recordings("recordings_timed")
@@ -11,7 +13,7 @@ _TIMES = ("first_scheduled_us", "first_token_us", "finish_us")
 
 
 def name_of(recording: dict) -> str:
-    return recording["name"]
+    return f"{recording['config']['vllm_version']}/{recording['name']}"
 
 
 def assert_same(actual: dict, expected: dict) -> None:
@@ -68,6 +70,8 @@ def test_jumping_leaves_the_same_free_queue(recording: dict) -> None:
 
 
 def test_there_are_enough_recordings() -> None:
-    assert len(CALLS) >= 60
+    for release in RELEASES:
+        for recordings, n in ((CALLS, 250), (TIMED, 50)):
+            assert sum(r["config"]["vllm_version"] == release.version for r in recordings) >= n
     assert {recording["driver"] for recording in CALLS + TIMED} <= {"EngineCore", "own loop"}
     assert {recording["config"]["async_scheduling"] for recording in CALLS} == {False, True}

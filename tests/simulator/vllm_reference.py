@@ -21,6 +21,29 @@ def num_tokens(segments: Iterable[Iterable[int]]) -> int:
 
 
 # --------------------------------------------------------------------------------------------------------------------
+# What differs between releases of vLLM
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Rules:
+    """Rules that came with a release."""
+
+    admits_whole_sequences: bool
+    takes_unfindable_blocks_first: bool
+
+
+def rules_of(version: str) -> Rules:
+    """The rules of a recorded release."""
+    return {
+        "0.15.1": Rules(False, False),
+        "0.19.0": Rules(True, False),
+        "0.24.0": Rules(True, True),
+        "0.33.0": Rules(True, True),
+    }[version]
+
+
+# --------------------------------------------------------------------------------------------------------------------
 # Requests
 # --------------------------------------------------------------------------------------------------------------------
 
@@ -83,9 +106,11 @@ class Block:
 class BlockPool:
     """All KV blocks: a FIFO queue of the free ones, and a register that finds blocks by the text that they end."""
 
-    def __init__(self, num_gpu_blocks: int, block_size: int, enable_prefix_caching: bool):
-        self.block_size = block_size
-        self.enable_prefix_caching = enable_prefix_caching
+    def __init__(self, config: dict, rules: Rules):
+        self.block_size: int = config["block_size"]
+        self.enable_prefix_caching: bool = config["enable_prefix_caching"]
+        self.rules = rules
+        num_gpu_blocks: int = config["num_gpu_blocks"]
         # vLLM keeps one block of the total to itself (the "null block").
         self.n_usable = num_gpu_blocks - 1
         self.free: deque[Block] = deque(Block() for _ in range(self.n_usable))
@@ -127,13 +152,18 @@ class BlockPool:
             found.append(self.register[prefix][0])
         return found
 
-    def allocate(self, request: Request, n_tokens: int, cached: list[Block]) -> bool:
-        """Give a request blocks for its first `n_tokens`, the leading ones out of `cached`. All or nothing."""
+    def fits(self, request: Request, n_tokens: int, cached: list[Block]) -> bool:
+        """Whether there are free blocks for a request's first `n_tokens`, the leading ones being `cached`."""
         n_new = self.blocks_for(n_tokens) - len(request.blocks) - len(cached)
         # A cached block that nobody uses is in the free queue; using it again takes it out.
         n_revived = sum(block.n_users == 0 for block in cached)
-        if n_new + n_revived > len(self.free):
+        return n_new + n_revived <= len(self.free)
+
+    def allocate(self, request: Request, n_tokens: int, cached: list[Block]) -> bool:
+        """Give a request blocks for its first `n_tokens`, the leading ones out of `cached`. All or nothing."""
+        if not self.fits(request, n_tokens, cached):
             return False
+        n_new = self.blocks_for(n_tokens) - len(request.blocks) - len(cached)
         for block in cached:
             if block.n_users == 0:
                 self.free.remove(block)
@@ -159,12 +189,20 @@ class BlockPool:
         request.n_registered = n_full
 
     def release(self, request: Request) -> None:
-        """Take all blocks from a request, the last one first, so that prefixes outlive what follows them."""
+        """Take all blocks from a request, the last one first, so that prefixes outlive what follows them.
+
+        Newer releases put blocks that nobody can find in front, to be taken first.
+        """
+        unfindable: list[Block] = []
         for block in reversed(request.blocks):
             block.n_users -= 1
             assert block.n_users >= 0
             if block.n_users == 0:
-                self.free.append(block)
+                if self.rules.takes_unfindable_blocks_first and block.prefix is None:
+                    unfindable.append(block)
+                else:
+                    self.free.append(block)
+        self.free.extendleft(reversed(unfindable))
         request.blocks = []
         request.n_registered = 0
 
@@ -236,7 +274,8 @@ class Scheduler:
     def __init__(self, config: dict):
         self.max_num_seqs: int = config["max_num_seqs"]
         self.max_num_batched_tokens: int = config["max_num_batched_tokens"]
-        self.pool = BlockPool(config["num_gpu_blocks"], config["block_size"], config["enable_prefix_caching"])
+        self.rules = rules_of(config.get("vllm_version", "0.15.1"))
+        self.pool = BlockPool(config, self.rules)
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []  # in order of admission
         self.n_steps = 0
@@ -285,6 +324,9 @@ class Scheduler:
             hit_tokens = len(cached) * self.pool.block_size
             # A prompt longer than the budget starts with what is left of it, and gets blocks for that chunk only.
             new_tokens = min(len(request.tokens) - hit_tokens, budget)
+            # Newer releases admit a request only if all its tokens would fit, though it gets blocks for the chunk.
+            if self.rules.admits_whole_sequences and not self.pool.fits(request, len(request.tokens), cached):
+                break
             if not self.pool.allocate(request, hit_tokens + new_tokens, cached):
                 break
             # Registered before they are computed: a request behind this one in the same step can already share them.

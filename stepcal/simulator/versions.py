@@ -1,0 +1,116 @@
+"""Releases of vLLM whose scheduler was recorded, and what differs between them.
+
+Each was driven on a CPU with `tools/record_vllm.py`, and equals the slow reference on thousands of random scenarios.
+A release between two recorded ones is simulated as the nearest earlier one.
+"""
+
+import re
+from dataclasses import dataclass
+
+from stepcal.errors import InputError, NotModelledError
+
+_VERSION = re.compile(r"v?(\d+)\.(\d+)\.(\d+)(?:\.post\d+)?")
+
+
+@dataclass(frozen=True, kw_only=True)
+class VllmRelease:
+    """What a release does differently from others.
+
+    Parameters
+    ----------
+    version : str
+    admits_whole_sequences : bool
+        Whether a request is admitted only if free blocks would hold all its tokens known so far, though it gets blocks
+        for its first chunk alone (vLLM's option `scheduler_reserve_full_isl`, on by default since it exists).
+    reuses_unfindable_blocks_first : bool
+        Whether freed blocks that no other request can hit go to the front of the queue of free blocks, not to its end.
+    gpu_memory_utilization : float
+        Default share of the GPU's memory that the server takes.
+    offloads_prompts_only : bool
+        Whether KV offloading stores the blocks of prompts alone (`offload_prompt_only`).
+    """
+
+    version: str
+    admits_whole_sequences: bool
+    reuses_unfindable_blocks_first: bool
+    gpu_memory_utilization: float
+    offloads_prompts_only: bool
+
+
+RELEASES = (
+    VllmRelease(
+        version="0.15.1",
+        admits_whole_sequences=False,
+        reuses_unfindable_blocks_first=False,
+        gpu_memory_utilization=0.90,
+        offloads_prompts_only=False,
+    ),
+    VllmRelease(
+        version="0.19.0",
+        admits_whole_sequences=True,
+        reuses_unfindable_blocks_first=False,
+        gpu_memory_utilization=0.90,
+        offloads_prompts_only=False,
+    ),
+    VllmRelease(
+        version="0.24.0",
+        admits_whole_sequences=True,
+        reuses_unfindable_blocks_first=True,
+        gpu_memory_utilization=0.92,
+        offloads_prompts_only=True,
+    ),
+    VllmRelease(
+        version="0.33.0",
+        admits_whole_sequences=True,
+        reuses_unfindable_blocks_first=True,
+        gpu_memory_utilization=0.92,
+        offloads_prompts_only=True,
+    ),
+)
+"""Recorded releases, oldest first."""
+
+OLDEST, NEWEST = RELEASES[0].version, RELEASES[-1].version
+
+
+def _number(version: str) -> tuple[int, ...]:
+    match = _VERSION.fullmatch(version.strip())
+    if match is None:
+        raise InputError(
+            f"`vllm_version` is {version!r}; it must be a release like {NEWEST}. "
+            f"Recorded: {', '.join(release.version for release in RELEASES)}."
+        )
+    return tuple(int(part) for part in match.groups())
+
+
+def release_of(version: str) -> VllmRelease:
+    """The recorded release whose rules a version is simulated with: itself, or the nearest earlier one.
+
+    Raises
+    ------
+    InputError
+        If it is no release number.
+    NotModelledError
+        If it is older than all recorded ones.
+
+    Examples
+    --------
+    >>> release_of("0.33.0").version, release_of("0.21.0").version
+    ('0.33.0', '0.19.0')
+    """
+    number = _number(version)
+    earlier = [release for release in RELEASES if _number(release.version) <= number]
+    if not earlier:
+        raise NotModelledError(
+            f"`vllm_version: {version}` is older than the oldest release whose scheduler was recorded, {OLDEST}. "
+            f"vLLM versions that are modelled: {OLDEST} and newer."
+        )
+    return earlier[-1]
+
+
+def version_note(version: str) -> str | None:
+    """What to tell a user whose version was not recorded itself, or None."""
+    release = release_of(version)
+    if _number(release.version) == _number(version):
+        return None
+    newest = " the newest recorded one" if release is RELEASES[-1] else " the nearest earlier one that was recorded"
+    return f"vLLM {version} was not recorded; it is simulated as {release.version},{newest}."
