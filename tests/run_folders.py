@@ -12,6 +12,7 @@ SERVER = {
     "max_num_batched_tokens": 2048,
     "max_num_seqs": 128,
     "kv_blocks_total_gpu": 7462,
+    "vllm_version": "0.15.1",
 }
 PROFILE = {
     "api": {"type": "completion", "streaming": True},

@@ -1,4 +1,4 @@
-"""Record what the real vLLM 0.15.1 scheduler does, step by step, on a CPU.
+"""Record what the real vLLM scheduler does, step by step, on a CPU.
 
 vLLM's own engine loop (``EngineCore.step`` and, with asynchronous scheduling, ``EngineCore.step_with_batch_queue``)
 runs unchanged; only the executor is a stub: it has no GPU and no weights, "samples" a prescribed token for every
@@ -6,15 +6,15 @@ request, and keeps a virtual clock. What is recorded is therefore vLLM's own ord
 and aborting, not our idea of it.
 
 The recordings are the ground truth of the simulator's conformance tests. ``tests/conformance/README.md`` describes
-the format and the order of events. To make the environment (2.6 GB, Python 3.11, any CPU build of torch)::
+the format and the order of events. To make the environment (2.1 to 2.6 GB, Python 3.11, any CPU build of torch)::
 
     python -m venv vllm-env
     vllm-env/bin/pip install torch --index-url https://download.pytorch.org/whl/cpu
-    vllm-env/bin/pip install --no-deps -r tools/record_vllm_requirements.txt
+    vllm-env/bin/pip install --no-deps -r tools/record_vllm_requirements/0.33.0.txt
     vllm-env/bin/python tools/record_vllm.py --out tests/conformance
 
-The same script writes the same bytes. With ``--check N`` it records nothing, but compares the slow reference with the
-real scheduler on N random scenarios, and exits with status 1 if any differs.
+The script serves all recorded releases; the same one writes the same bytes. With ``--check N`` it records nothing, but
+compares the slow reference with the real scheduler on N random scenarios, and exits with status 1 if any differs.
 """
 
 import argparse
@@ -55,8 +55,6 @@ from vllm.v1.engine.core import EngineCore  # noqa: E402
 from vllm.v1.executor.abstract import Executor  # noqa: E402
 from vllm.v1.kv_cache_interface import FullAttentionSpec  # noqa: E402
 from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput  # noqa: E402
-
-EXPECTED_VLLM_VERSION = "0.15.1"
 
 # A step longer than any scenario means that the engine spins without progress.
 MAX_STEPS = 20_000
@@ -581,8 +579,11 @@ def main() -> int:
     arguments = parser.parse_args()
     if (arguments.out is None) == (arguments.check is None):
         parser.error("give either --out or --check")
-    if False:
-        parser.error(f"vLLM {vllm_version} is installed, the recordings are of {EXPECTED_VLLM_VERSION}")
+    if vllm_version not in vllm_reference.RULES:
+        parser.error(
+            f"vLLM {vllm_version} is installed. Known to the reference: {', '.join(vllm_reference.RULES)}. To follow a new "
+            "release, give it the rules of the one before in tests/simulator/vllm_reference.py, and run --check."
+        )
     accept_few_blocks()
     with tempfile.TemporaryDirectory() as model_dir:
         (Path(model_dir) / "config.json").write_text(json.dumps(TINY_LLAMA))

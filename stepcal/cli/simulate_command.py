@@ -39,6 +39,10 @@ def simulate(
     async_scheduling: Annotated[
         bool, typer.Option("--async-scheduling/--no-async-scheduling", help="Schedule a step while the last one runs.")
     ] = True,
+    vllm_version: Annotated[
+        str | None,
+        typer.Option("--vllm-version", help="Release of vLLM to serve as. Default: the newest that was recorded."),
+    ] = None,
     kv_offloading_gib: Annotated[
         float,
         typer.Option("--kv-offloading-gib", help="`kv_offloading_size`: pool for KV in CPU memory, 0 for none."),
@@ -103,7 +107,7 @@ def simulate(
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of arrivals and of the sample of steps.")] = 0,
     json_out: Json = None,
 ) -> None:
-    """Serve a workload as vLLM 0.15.1 would and report latencies, per load stage and overall.
+    """Serve a workload as vLLM would and report latencies, per load stage and overall.
 
     Example: stepcal simulate --architecture config.json --tp 2 --kv-blocks 26602 --workload profile.yaml
     --coefficients default --json -
@@ -113,6 +117,7 @@ def simulate(
     from stepcal.cli.served_load import LoadOptions
     from stepcal.cli.simulate import SimulateOptions, run_simulation, summary_text
     from stepcal.simulator import ServerConfig
+    from stepcal.simulator.versions import NEWEST, version_note
 
     if json_out not in (None, "-"):
         refuse_unwritable(Path(json_out))
@@ -124,7 +129,11 @@ def simulate(
         block_size=block_size,
         enable_prefix_caching=prefix_caching,
         async_scheduling=async_scheduling,
+        vllm_version=vllm_version or NEWEST,
     )
+    note = version_note(server.vllm_version)
+    if note:
+        typer.echo(note, err=True)
     options = SimulateOptions(
         architecture=architecture,
         accelerator=accelerator,

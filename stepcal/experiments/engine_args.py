@@ -17,6 +17,7 @@ import yaml
 from stepcal.errors import InputError, NotModelledError
 from stepcal.simulator import ServerConfig
 from stepcal.simulator.config import NOT_MODELLED
+from stepcal.simulator.versions import OLDEST, VllmRelease, release_of, version_note
 from stepcal.specs.architecture import ModelArchitecture
 from stepcal.specs.hardware import Accelerator, load_accelerator
 from stepcal.specs.kv_offloading import offload_blocks
@@ -32,6 +33,7 @@ GPU_KEYS = ("gpu", "accelerator", "gpu_name", "gpu_type", "hardware")
 TENSOR_PARALLEL_KEYS = ("tensor_parallelism", "tensor_parallel", "tensor_parallel_size", "tp")
 KV_BLOCK_KEYS = ("kv_blocks_total_gpu", "num_gpu_blocks", "kv_blocks", "kv_blocks_total", "num_gpu_blocks_override")
 SWITCHES = ("enable_prefix_caching", "async_scheduling")
+VERSION_KEY = "vllm_version"
 OFFLOAD_KEY = "kv_offloading_size"
 KV_TYPES = ("auto", "bfloat16", "float16", "bf16", "fp16", "half")
 """KV caches of two bytes an element, the only ones that are modelled."""
@@ -55,15 +57,9 @@ MEMORY_MIB = {
     "b200": 183_359,
 }
 """Memory as nvidia-smi reports it; datasheets round."""
-DEFAULT_MEMORY_SHARE = 0.9
-"""vLLM's `gpu_memory_utilization`."""
 OVERHEAD_GIB = 0.8
 OVERHEAD_OF_RANKS_GIB = 0.5
 """Activations, CUDA graphs and, with several ranks, collectives: what the logged KV blocks of four H100 servers leave."""
-LARGE_GPU_GIB = 70
-"""From this memory on, A100 excepted, vLLM 0.15.1's API server takes its larger defaults (``get_batch_defaults``)."""
-LARGE_DEFAULTS = {"max_num_batched_tokens": 8_192, "max_num_seqs": 1_024}
-SMALL_DEFAULTS = {"max_num_batched_tokens": 2_048, "max_num_seqs": 256}
 
 
 @dataclass(frozen=True)
@@ -233,7 +229,9 @@ def server_of(
     InputError
         If a setting is of the wrong kind or out of bounds.
     """
-    limits, notes = _limits(settings, architecture, accelerator)
+    version, of_version = _version(settings)
+    release = release_of(version)
+    limits, notes = _limits(settings, architecture, accelerator, release)
     block_size = settings.whole("block_size")
     limits |= {} if block_size is None else {"block_size": block_size}
     offload, more = _offload_blocks(settings, architecture, block_size, kv_offloading_gib)
@@ -253,10 +251,21 @@ def server_of(
     blocks = kv_blocks if given is None else given
     if blocks is None:
         size = ServerConfig.block_size if block_size is None else block_size
-        blocks, note = _estimated_blocks(settings, architecture, accelerator, tensor_parallel, size)
+        share = settings.values.get("gpu_memory_utilization", release.gpu_memory_utilization)
+        blocks, note = _estimated_blocks(settings, architecture, accelerator, tensor_parallel, size, share)
         notes.append(note)
     limits |= {"offload_blocks": offload}
-    return ServerConfig.from_vllm_arguments({"kv_blocks": blocks, **limits, **others}), notes
+    server = {"kv_blocks": blocks, **limits, **others, "vllm_version": version}
+    return ServerConfig.from_vllm_arguments(server), notes + of_version
+
+
+def _version(settings: Settings) -> tuple[str, list[str]]:
+    """Release of vLLM, and a note where it was not recorded or is not given: then it is the one of the study's servers."""
+    given = settings.values.get(VERSION_KEY)
+    if given is None:
+        return OLDEST, [f"`{VERSION_KEY}` is absent; {OLDEST}, on which the coefficients were calibrated, was assumed."]
+    note = version_note(str(given))
+    return str(given), [] if note is None else [note]
 
 
 def _offload_blocks(
@@ -281,19 +290,18 @@ def _offload_blocks(
 
 
 def _limits(
-    settings: Settings, architecture: ModelArchitecture, accelerator: Accelerator
+    settings: Settings, architecture: ModelArchitecture, accelerator: Accelerator, release: VllmRelease
 ) -> tuple[dict[str, int], list[str]]:
-    """Limits of a step and of a request; where absent, as vLLM 0.15.1's API server chooses them."""
+    """Limits of a step and of a request; where absent, as vLLM's API server chooses them."""
     notes = []
-    is_large = _memory_gib(accelerator) >= LARGE_GPU_GIB and not accelerator.name.startswith("a100")
-    defaults = LARGE_DEFAULTS if is_large else SMALL_DEFAULTS
+    defaults = release.limits_on(accelerator.name, _memory_gib(accelerator))
     longest = settings.whole("max_model_len")
     if longest is None:
         longest = architecture.max_position_embeddings
         notes.append(f"`max_model_len` is absent; {longest:,}, the model's own, was assumed.")
     tokens, seqs = settings.whole("max_num_batched_tokens"), settings.whole("max_num_seqs")
-    budget = defaults["max_num_batched_tokens"] if tokens is None else tokens
-    most = defaults["max_num_seqs"] if seqs is None else seqs
+    budget = defaults.max_num_batched_tokens if tokens is None else tokens
+    most = defaults.max_num_seqs if seqs is None else seqs
     budget = min(budget, most * longest) if tokens is None else budget
     most = min(most, budget) if seqs is None else most
     for name, given, value in (("max_num_batched_tokens", tokens, budget), ("max_num_seqs", seqs, most)):
@@ -308,9 +316,9 @@ def _estimated_blocks(
     accelerator: Accelerator,
     tensor_parallel: int,
     block_size: int,
+    share: Any,
 ) -> tuple[int, str]:
     """KV blocks that fit beside the weights, and a note that says so."""
-    share = settings.values.get("gpu_memory_utilization", DEFAULT_MEMORY_SHARE)
     if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share <= 1:
         raise InputError(f"{settings.path}: `gpu_memory_utilization` is {share!r}; it must be above 0 and at most 1.")
     weights_gib = architecture.weights_bytes() / tensor_parallel / BYTES_PER_GIB

@@ -13,6 +13,21 @@ _VERSION = re.compile(r"v?(\d+)\.(\d+)\.(\d+)(?:\.post\d+)?")
 
 
 @dataclass(frozen=True, kw_only=True)
+class DefaultLimits:
+    """Limits that vLLM's API server chooses on GPUs from some memory on (``EngineArgs.get_batch_defaults``)."""
+
+    from_gib: float
+    max_num_batched_tokens: int
+    max_num_seqs: int
+    also_a100: bool = True
+
+
+_SMALL = DefaultLimits(from_gib=0.0, max_num_batched_tokens=2048, max_num_seqs=256)
+_LARGE = DefaultLimits(from_gib=70.0, max_num_batched_tokens=8192, max_num_seqs=1024, also_a100=False)
+_LARGEST = DefaultLimits(from_gib=160.0, max_num_batched_tokens=16384, max_num_seqs=1024)
+
+
+@dataclass(frozen=True, kw_only=True)
 class VllmRelease:
     """What a release does differently from others.
 
@@ -26,6 +41,8 @@ class VllmRelease:
         Whether freed blocks that no other request can hit go to the front of the queue of free blocks, not to its end.
     gpu_memory_utilization : float
         Default share of the GPU's memory that the server takes.
+    default_limits : tuple of DefaultLimits
+        By the GPU's memory, most first.
     offloads_prompts_only : bool
         Whether KV offloading stores the blocks of prompts alone (`offload_prompt_only`).
     """
@@ -34,7 +51,21 @@ class VllmRelease:
     admits_whole_sequences: bool
     reuses_unfindable_blocks_first: bool
     gpu_memory_utilization: float
+    default_limits: tuple[DefaultLimits, ...]
     offloads_prompts_only: bool
+
+    def limits_on(self, accelerator: str, memory_gib: float) -> DefaultLimits:
+        """The limits of a server that was given none, on a GPU by name and memory as the driver reports it.
+
+        Examples
+        --------
+        >>> release_of("0.33.0").limits_on("h100-sxm", 79.6).max_num_batched_tokens
+        8192
+        """
+        is_a100 = accelerator.startswith("a100")
+        return next(
+            tier for tier in self.default_limits if memory_gib >= tier.from_gib and (tier.also_a100 or not is_a100)
+        )
 
 
 RELEASES = (
@@ -43,6 +74,7 @@ RELEASES = (
         admits_whole_sequences=False,
         reuses_unfindable_blocks_first=False,
         gpu_memory_utilization=0.90,
+        default_limits=(_LARGE, _SMALL),
         offloads_prompts_only=False,
     ),
     VllmRelease(
@@ -50,6 +82,7 @@ RELEASES = (
         admits_whole_sequences=True,
         reuses_unfindable_blocks_first=False,
         gpu_memory_utilization=0.90,
+        default_limits=(_LARGE, _SMALL),
         offloads_prompts_only=False,
     ),
     VllmRelease(
@@ -57,6 +90,7 @@ RELEASES = (
         admits_whole_sequences=True,
         reuses_unfindable_blocks_first=True,
         gpu_memory_utilization=0.92,
+        default_limits=(_LARGE, _SMALL),
         offloads_prompts_only=True,
     ),
     VllmRelease(
@@ -64,6 +98,7 @@ RELEASES = (
         admits_whole_sequences=True,
         reuses_unfindable_blocks_first=True,
         gpu_memory_utilization=0.92,
+        default_limits=(_LARGEST, _LARGE, _SMALL),
         offloads_prompts_only=True,
     ),
 )

@@ -208,3 +208,29 @@ def test_offloading_that_cannot_be_is_refused(tmp_path, settings, message) -> No
     write_run(tmp_path, server=without(**settings))
     with pytest.raises(InputError, match=message):
         read_one(tmp_path)
+
+
+@pytest.mark.parametrize(("version", "tokens"), [("0.15.1", 8_192), ("0.24.0", 8_192), ("0.33.0", 16_384)])
+def test_defaults_are_those_of_the_release(version: str, tokens: int, tmp_path) -> None:
+    """Newer releases have a larger token budget on GPUs of 160 GiB and more."""
+    server = without("max_num_seqs", "max_num_batched_tokens", gpu="b200", vllm_version=version)
+    write_run(tmp_path, server=server)
+    found = read_one(tmp_path).server
+    assert (found.max_num_batched_tokens, found.max_num_seqs) == (tokens, 1_024)
+    assert found.vllm_version == version
+
+
+def test_newer_releases_take_more_of_the_memory(tmp_path) -> None:
+    blocks = []
+    for version in ("0.15.1", "0.33.0"):
+        write_run(tmp_path / version, server=without("kv_blocks_total_gpu", vllm_version=version))
+        blocks.append(read_one(tmp_path / version).server.kv_blocks)
+    assert blocks[0] < blocks[1] < 1.05 * blocks[0]
+
+
+def test_a_release_that_is_not_given_or_not_recorded_is_noted(tmp_path) -> None:
+    write_run(tmp_path / "absent", server=without("vllm_version"))
+    assert any("`vllm_version` is absent; 0.15.1" in note for note in read_one(tmp_path / "absent").notes)
+    write_run(tmp_path / "between", server=without(vllm_version="0.20.2"))
+    notes = read_one(tmp_path / "between").notes
+    assert any("0.20.2 was not recorded; it is simulated as 0.19.0" in note for note in notes)

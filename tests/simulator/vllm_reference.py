@@ -1,4 +1,4 @@
-"""A slow reference of vLLM 0.15.1's engine loop, scheduler and KV block pool, written to be read.
+"""A slow reference of vLLM's engine loop, scheduler and KV block pool, written to be read.
 
 It knows nothing of the package under test and nothing of vLLM: plain lists and dicts, one token at a time. It
 reproduces every recording of the real thing (``tests/conformance``) step for step; the fast engine is compared with
@@ -33,14 +33,13 @@ class Rules:
     takes_unfindable_blocks_first: bool
 
 
-def rules_of(version: str) -> Rules:
-    """The rules of a recorded release."""
-    return {
-        "0.15.1": Rules(False, False),
-        "0.19.0": Rules(True, False),
-        "0.24.0": Rules(True, True),
-        "0.33.0": Rules(True, True),
-    }[version]
+RULES = {
+    "0.15.1": Rules(admits_whole_sequences=False, takes_unfindable_blocks_first=False),
+    "0.19.0": Rules(admits_whole_sequences=True, takes_unfindable_blocks_first=False),
+    "0.24.0": Rules(admits_whole_sequences=True, takes_unfindable_blocks_first=True),
+    "0.33.0": Rules(admits_whole_sequences=True, takes_unfindable_blocks_first=True),
+}
+"""By recorded release."""
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -274,7 +273,7 @@ class Scheduler:
     def __init__(self, config: dict):
         self.max_num_seqs: int = config["max_num_seqs"]
         self.max_num_batched_tokens: int = config["max_num_batched_tokens"]
-        self.rules = rules_of(config.get("vllm_version", "0.15.1"))
+        self.rules = RULES[config.get("vllm_version", "0.15.1")]
         self.pool = BlockPool(config, self.rules)
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []  # in order of admission
