@@ -11,12 +11,13 @@ from typing import Any
 from stepcal.cli.served_load import LoadOptions, served_load, with_rejected
 from stepcal.errors import InputError
 from stepcal.files import refuse_unwritable, write_bytes_atomically
-from stepcal.simulator import ServerConfig, SimulationResult, simulate
+from stepcal.simulator import ServerConfig, SimulationResult
 from stepcal.specs.architecture import ModelArchitecture, resolve_architecture
 from stepcal.specs.deployment import Deployment
 from stepcal.specs.hardware import load_accelerator
 from stepcal.specs.kv_offloading import offload_blocks
 from stepcal.step_time.coefficients import load_coefficients
+from stepcal.step_time.serve import simulate
 
 SHOW_PROGRESS_ABOVE = 100_000
 """Requests above which a run lasts long enough for a progress bar."""
@@ -64,18 +65,15 @@ def run_simulation(options: SimulateOptions, on_progress: Progress | None = None
     if options.load.experiment is not None:
         coefficients = coefficients.of_experiment(options.load.experiment)
     deployment = Deployment(architecture, load_accelerator(options.accelerator), options.tensor_parallel, server)
-    step_time = coefficients.compile(deployment)
     load = served_load(options.load, server)
-    learned = {"api_before_us": 0.0, "api_after_us": 0.0} | coefficients.api_overheads_us()
-    before_us, after_us = options.api_before_us, options.api_after_us
     result = simulate(
         load.requests,
-        server,
-        step_time,
+        deployment,
+        coefficients,
         clients=load.clients,
         timeout_s=load.timeout_s,
-        api_before_us=learned["api_before_us"] if before_us is None else before_us,
-        api_after_us=learned["api_after_us"] if after_us is None else after_us,
+        api_before_us=options.api_before_us,
+        api_after_us=options.api_after_us,
         record_steps=options.steps_fraction if options.steps else None,
         seed=options.seed,
         experiment_id=load.name,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,14 @@ import pandas as pd
 from stepcal.errors import InputError
 from stepcal.evaluation.latency_errors import compare, judged_error_percent, mean_errors
 from stepcal.experiments.experiment import Experiment, run_experiment
-from stepcal.experiments.latencies import LATENCIES, WHOLE, latency_summary, predicted_latencies, served_per_s
+from stepcal.experiments.latencies import (
+    LATENCIES,
+    WHOLE,
+    latency_summary,
+    measured_latencies,
+    predicted_latencies,
+    served_per_s,
+)
 from stepcal.simulator import SimulationResult
 from stepcal.step_time.coefficients import Coefficients
 from stepcal.units import US_PER_S
@@ -21,7 +29,7 @@ BELOW_PERCENT = 10.0
 
 def evaluate(
     coefficients: Coefficients,
-    cases: list[tuple[Experiment, pd.DataFrame]],
+    cases: Sequence[Experiment | tuple[Experiment, pd.DataFrame]],
     *,
     process: str | None = None,
     seed: int = 0,
@@ -30,9 +38,10 @@ def evaluate(
 
     Parameters
     ----------
-    coefficients : Coefficients
-    cases : list of (Experiment, DataFrame)
-        The second is what was measured, as `stepcal.experiments.latencies.latency_table` gives it.
+    coefficients : StepTimeModel
+    cases : sequence of Experiment, or of (Experiment, DataFrame)
+        The second is what was measured, as `stepcal.experiments.latencies.latency_table` gives it; by default what the
+        experiment says of itself.
     process : str, optional
         ``replayed``, or a process that generates arrivals; by default replayed where measured requests are at hand, else
         Poisson.
@@ -49,10 +58,19 @@ def evaluate(
     ------
     InputError
         If requests cannot be replayed or served; the experiment is named.
+
+    Examples
+    --------
+    >>> import stepcal
+    >>> runs = stepcal.Experiment.read_folder("my-runs")
+    >>> result = stepcal.evaluate(stepcal.StepTimeModel.load("default"), runs)
+    >>> result["arrivals"], result["n_below_10_percent"]
+    ('replayed', 1)
     """
+    pairs = [_with_measured(case) for case in cases]
     rows = [
         _evaluate_one(coefficients, experiment, known, process or experiment.default_process, seed)
-        for experiment, known in cases
+        for experiment, known in pairs
     ]
     arrivals = {row["arrivals"] for row in rows}
     signed = [row["e2e_error_percent"] for row in rows if row["e2e_error_percent"] is not None]
@@ -64,6 +82,12 @@ def evaluate(
         "n_below_10_percent": sum(error < BELOW_PERCENT for error in judged),
         "mspe_percent": float(np.mean(signed)) if signed else None,
     }
+
+
+def _with_measured(case: Experiment | tuple[Experiment, pd.DataFrame]) -> tuple[Experiment, pd.DataFrame]:
+    if not isinstance(case, Experiment):
+        return case
+    return case, measured_latencies(case) if case.measured is None else case.measured
 
 
 def _evaluate_one(

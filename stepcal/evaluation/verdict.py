@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from stepcal.errors import InputError
-from stepcal.evaluation.preregistration import Criterion, PreRegistration
+from stepcal.evaluation.preregistration import Criterion, PreRegistration, load_preregistration
 from stepcal.units import BoolArray, FloatArray
 
 SUPPORTED = "Supported"
@@ -104,12 +104,13 @@ class Verdict:
         return "\n".join(lines)
 
 
-def judge(preregistration: PreRegistration, evidence: pd.DataFrame) -> Verdict:
+def judge(preregistration: PreRegistration | str, evidence: pd.DataFrame) -> Verdict:
     """Compute a verdict from evidence, by the pre-registered rules alone.
 
     Parameters
     ----------
-    preregistration : PreRegistration
+    preregistration : PreRegistration or str
+        The rules, or the name of a hypothesis that ships with them.
     evidence : DataFrame
         Columns `quantity`, `variant`, `unit`, `value`; an optional `reason` says why a value is NaN, and an optional
         `note` what a reader should know of a unit.
@@ -122,7 +123,17 @@ def judge(preregistration: PreRegistration, evidence: pd.DataFrame) -> Verdict:
     ------
     InputError
         If a column is missing, a unit occurs twice, or there are more units than the rule speaks of.
+
+    Examples
+    --------
+    >>> import pandas as pd, stepcal
+    >>> evidence = pd.DataFrame({"unit": [f"run {i}" for i in range(16)], "value": [8.0] * 3 + [40.0] * 13})
+    >>> evidence = evidence.assign(quantity="e2e_error_percent", variant="model36")
+    >>> stepcal.judge("h2", evidence).verdict  # its E2E error exceeds 10% in more than 4 runs
+    'Refuted'
     """
+    if isinstance(preregistration, str):
+        preregistration = load_preregistration(preregistration)
     missing = [c for c in EVIDENCE_COLUMNS if c not in evidence]
     if missing:
         raise InputError(f"`evidence` lacks the column `{missing[0]}`. It needs {', '.join(EVIDENCE_COLUMNS)}.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -40,6 +41,15 @@ class Experiment:
         Measured request rows in order of arrival; None where only summaries are at hand.
     notes : tuple of str
         What was assumed because nothing was said of it.
+    measured : DataFrame or None
+        What clients measured, as `stepcal.experiments.latencies.latency_table` gives it; None until it was read.
+
+    Examples
+    --------
+    >>> import stepcal
+    >>> (run,) = stepcal.Experiment.read_folder("my-runs")
+    >>> run.architecture.name, run.deployment.tensor_parallel, len(run.requests)
+    ('llama-2-7b', 1, 120)
     """
 
     experiment_id: str
@@ -48,6 +58,36 @@ class Experiment:
     overloaded: bool
     requests: pd.DataFrame | None = None
     notes: tuple[str, ...] = ()
+    measured: pd.DataFrame | None = None
+
+    @classmethod
+    def read_folder(
+        cls, folder: Path | str, *, accelerator: str | None = None, kv_offloading_gib: float | None = None
+    ) -> list[Experiment]:
+        """Read every run of a folder, with what its clients measured.
+
+        Parameters
+        ----------
+        folder : path
+            Holds a folder for each run, or is one; see `stepcal.experiments.folders`.
+        accelerator : str, optional
+            GPU of runs that do not name one.
+        kv_offloading_gib : float, optional
+            Size of the offload pool of runs that do not say.
+
+        Returns
+        -------
+        list of Experiment
+
+        Raises
+        ------
+        InputError
+            If the folder holds no run, or a run lacks a file or a setting; the message names it.
+        """
+        from stepcal.experiments.folders import read_experiment_folder
+
+        cases = read_experiment_folder(Path(folder), accelerator=accelerator, kv_offloading_gib=kv_offloading_gib)
+        return [replace(experiment, measured=measured) for experiment, measured in cases]
 
     @property
     def architecture(self) -> ModelArchitecture:

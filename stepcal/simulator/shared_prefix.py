@@ -4,7 +4,10 @@ The generator cycles through its prompts. With multi-turn chat each of them is a
 conversation so far.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -38,6 +41,13 @@ class SharedPrefixWorkload:
         Most requests in flight at a time (`num_workers` times `worker_max_concurrency`); the others wait in the client.
     stage_interval_s : float, optional
         Pause after a stage, which ends when all its requests have. None: stages follow by the clock.
+
+    Examples
+    --------
+    >>> import stepcal
+    >>> load = stepcal.Workload.read("profile.yaml")
+    >>> load.n_prompts, load.prompt_len, [stage.rate for stage in load.stages]
+    (6, 150, [4.0, 8.0])
     """
 
     n_groups: int
@@ -50,6 +60,13 @@ class SharedPrefixWorkload:
     multi_turn_chat: bool = False
     max_in_flight: int | None = None
     stage_interval_s: float | None = None
+
+    @classmethod
+    def read(cls, source: str | Path | Mapping[str, Any]) -> "SharedPrefixWorkload":
+        """Read a file of inference-perf (``profile.yaml``), as `stepcal.simulator.read_workload` does."""
+        from stepcal.simulator.inference_perf import read_workload
+
+        return read_workload(source)
 
     def __post_init__(self) -> None:
         for name in ("n_groups", "n_prompts_per_group", "system_prompt_len", "question_len", "output_len"):

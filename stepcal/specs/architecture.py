@@ -62,6 +62,13 @@ class ModelArchitecture:
         layer and one at the end, and the biases that `attention_bias` stands for.
     notes : tuple of str
         What of the checkpoint was left out.
+
+    Examples
+    --------
+    >>> import stepcal
+    >>> model = stepcal.ModelArchitecture.load("llama-2-70b")
+    >>> model.num_layers, model.num_kv_heads, round(model.num_parameters() / 1e9, 1)
+    (80, 8, 69.0)
     """
 
     name: str
@@ -85,6 +92,11 @@ class ModelArchitecture:
     weight_widths: WeightWidths | None = None
     other_parameters: int | None = None
     notes: tuple[str, ...] = ()
+
+    @classmethod
+    def load(cls, name_or_path: str) -> ModelArchitecture:
+        """Return a model that ships, by name, or read the ``config.json`` at a path, as `resolve_architecture` does."""
+        return resolve_architecture(name_or_path)
 
     def __post_init__(self) -> None:
         for field in _POSITIVE_FIELDS:

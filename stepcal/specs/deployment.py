@@ -36,17 +36,39 @@ class Deployment:
 
     Examples
     --------
-    >>> from stepcal.specs.architecture import load_architecture
-    >>> from stepcal.specs.hardware import load_accelerator
-    >>> served = Deployment(load_architecture("llama-2-70b"), load_accelerator("h100-sxm"), tensor_parallel=4)
-    >>> served.block_size
-    16
+    >>> import stepcal
+    >>> served = stepcal.Deployment.of("llama-2-70b", "h100-sxm", tensor_parallel=4, kv_blocks=20_000)
+    >>> served.tensor_parallel, served.limits.kv_blocks, served.limits.max_num_seqs
+    (4, 20000, 128)
     """
 
     architecture: ModelArchitecture
     accelerator: Accelerator
     tensor_parallel: int = 1
     server: ServerConfig | None = None
+
+    @classmethod
+    def of(cls, architecture: str, accelerator: str, *, tensor_parallel: int = 1, **limits: Any) -> Deployment:
+        """Return the deployment of a model on a GPU, both by name.
+
+        Parameters
+        ----------
+        architecture : str
+            Of a model that ships, or the path of a ``config.json``.
+        accelerator : str
+            GPU.
+        tensor_parallel : int
+        **limits
+            Of the server, as `stepcal.simulator.ServerConfig` takes them: `kv_blocks` and others. Without any, the
+            deployment names no server.
+
+        Raises
+        ------
+        InputError
+            If a name is unknown, or a limit is unknown or out of bounds.
+        """
+        server = ServerConfig.from_vllm_arguments(limits) if limits else None
+        return cls(ModelArchitecture.load(architecture), Accelerator.load(accelerator), tensor_parallel, server)
 
     def __post_init__(self) -> None:
         self.architecture.check_tensor_parallel(self.tensor_parallel)

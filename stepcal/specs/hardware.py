@@ -33,6 +33,12 @@ class Accelerator:
     interconnect_bandwidth : float
         Bytes/s, both directions together.
     interconnect_kind, source, note : str
+
+    Examples
+    --------
+    >>> import stepcal
+    >>> stepcal.Accelerator.load("h100-sxm").hbm_bandwidth
+    3350000000000.0
     """
 
     name: str
@@ -45,6 +51,11 @@ class Accelerator:
     interconnect_kind: str
     source: str
     note: str
+
+    @classmethod
+    def load(cls, name: str) -> Accelerator:
+        """Return one of the accelerators that ship, by name, as `load_accelerator` does."""
+        return load_accelerator(name)
 
 
 @functools.cache

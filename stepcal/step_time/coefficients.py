@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,8 @@ import numpy as np
 
 from stepcal.errors import InputError
 from stepcal.locations import data_folder
-from stepcal.simulator import CompiledStepTime
+from stepcal.simulator import CompiledStepTime, ServerConfig, StepBatch
+from stepcal.simulator.steptime import add_components
 from stepcal.specs.deployment import Deployment
 from stepcal.specs.hardware import Accelerator
 from stepcal.step_time.baselines import BLACKBOX_FEATURES, Blackbox, ConstantStep, RawAnalytical, StepBaseline
@@ -40,6 +41,15 @@ AFFINE_TERMS = tuple(f.name for f in fields(CompiledStepTime) if f.name not in (
 
 
 @dataclass(frozen=True)
+class FittedParameter:
+    """A parameter of a step-time model: its name, value and unit (empty where the file gives none)."""
+
+    name: str
+    value: float
+    unit: str
+
+
+@dataclass(frozen=True)
 class Coefficients:
     """A fitted step-time model without its training data.
 
@@ -52,12 +62,85 @@ class Coefficients:
         The file or recording it was read from.
     combine : str
         Of an ``affine`` step time, whether host and GPU take turns (``sum``) or overlap (``max``).
+    units : dict
+        Unit of each parameter by name, where the file gives it.
+
+    Examples
+    --------
+    >>> import stepcal
+    >>> model = stepcal.StepTimeModel.load("default")
+    >>> model.parameters["kv_block_ns"].unit
+    'ns'
+    >>> served = stepcal.Deployment.of("llama-2-7b", "h100-sxm")
+    >>> one, many = (model.predict_us(served, decode_kv_lens=[1000] * n) for n in (1, 64))
+    >>> 0 < one < many < 8 * one  # the weights are read once for all
+    True
     """
 
     variant: str
     values: dict[str, float]
     origin: str
     combine: str = SUM
+    units: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def load(cls, name_or_path: str = DEFAULT) -> Coefficients:
+        """Return a model by the name under which it ships, or from a file, as `load_coefficients` does."""
+        return load_coefficients(name_or_path)
+
+    @property
+    def parameters(self) -> dict[str, FittedParameter]:
+        """The parameters by name, each with its value and unit."""
+        return {name: FittedParameter(name, value, self.units.get(name, "")) for name, value in self.values.items()}
+
+    def predict_us(
+        self,
+        deployment: Deployment,
+        *,
+        decode_kv_lens: Sequence[int] = (),
+        prefill_chunk_tokens: Sequence[int] = (),
+        prefill_kv_lens: Sequence[int] | None = None,
+        waiting: int = 0,
+    ) -> float:
+        """Return how long one step takes.
+
+        Parameters
+        ----------
+        deployment : Deployment
+            Need not name a server.
+        decode_kv_lens : sequence of int
+            Context of each decoding request in tokens, this step's included.
+        prefill_chunk_tokens : sequence of int
+            Prompt tokens that the step computes for each prefilling request.
+        prefill_kv_lens : sequence of int, optional
+            Context of each prefilling request up to their end; by default the chunk is all of it.
+        waiting : int
+            Requests left in the queue.
+
+        Returns
+        -------
+        float
+            Microseconds.
+
+        Raises
+        ------
+        InputError
+            If the model says nothing of the deployment, or a count is not positive.
+        """
+        contexts = prefill_chunk_tokens if prefill_kv_lens is None else prefill_kv_lens
+        decode, chunks, kv = (np.asarray(v, dtype=np.int32) for v in (decode_kv_lens, prefill_chunk_tokens, contexts))
+        if chunks.shape != kv.shape or min([1, *decode, *chunks]) < 1 or (kv < chunks).any() or waiting < 0:
+            raise InputError(
+                f"`decode_kv_lens` {list(decode_kv_lens)}, `prefill_chunk_tokens` {list(prefill_chunk_tokens)}, "
+                f"`prefill_kv_lens` {list(contexts)}, `waiting` {waiting}: lengths are at least 1, a context holds its "
+                "chunk, and every prefilling request has both."
+            )
+        n_requests = decode.size + chunks.size
+        if deployment.server is None:
+            budget = max(int(decode.size + chunks.sum()), n_requests, 1)
+            server = ServerConfig(kv_blocks=2, max_num_seqs=max(n_requests, 1), max_num_batched_tokens=budget)
+            deployment = replace(deployment, server=server)
+        return add_components(self.compile(deployment)(StepBatch(chunks, kv, decode, waiting)))
 
     def compile(self, deployment: Deployment) -> AnyStepTime:
         """Compile the step time of one deployment, for the simulator.
@@ -227,6 +310,7 @@ def _read(path: Path) -> Coefficients:
         content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         variant, combine = str(content["variant"]), str(content.get("combine", SUM))
         pairs = [(str(p["name"]), float(p["value"])) for p in content["parameters"]]
+        units = {str(p["name"]): str(p["unit"]) for p in content["parameters"] if "unit" in p}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(
             f"{path} is not a coefficient file ({type(error).__name__}: {error}). It is JSON with `variant` and "
@@ -244,7 +328,7 @@ def _read(path: Path) -> Coefficients:
     bad = next((name for name, value in values.items() if not np.isfinite(value)), None)
     if bad is not None:
         raise InputError(f"{path}: `{bad}` is {values[bad]}; coefficients are finite numbers.")
-    return Coefficients(variant, values, str(path), combine).check()
+    return Coefficients(variant, values, str(path), combine, units).check()
 
 
 _BASELINE_PARAMETERS: dict[str, tuple[str, ...]] = {
