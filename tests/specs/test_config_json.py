@@ -7,6 +7,8 @@ import pytest
 from stepcal.errors import InputError, NotModelledError
 from stepcal.specs.architecture import ModelArchitecture, load_architecture, resolve_architecture
 from stepcal.specs.config_keys import REFUSED_TYPES
+from stepcal.specs.deployment import Deployment
+from stepcal.specs.hardware import load_accelerator
 from stepcal.specs.model_types import MODEL_TYPES
 from stepcal.specs.step_work import weight_bytes
 
@@ -177,7 +179,8 @@ def test_layers_have_the_declared_width_and_embedding_and_head_sixteen_bits(conf
     architecture = quantised(**config)
     assert architecture.num_parameters() == LAYERS + EMBEDDING + HEAD + NORMS
     assert architecture.weights_bytes() == pytest.approx(layer_width * LAYERS + 2 * (EMBEDDING + HEAD + NORMS))
-    assert weight_bytes(1, architecture)[0] == pytest.approx(layer_width * LAYERS + 2 * HEAD)
+    deployment = Deployment(architecture, load_accelerator("h100-sxm"))
+    assert weight_bytes(1, deployment)[0] == pytest.approx(layer_width * LAYERS + 2 * HEAD)
 
 
 def test_qwen3_8b_in_awq_has_the_size_of_its_files():
