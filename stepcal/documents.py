@@ -70,6 +70,8 @@ def read_yaml(path: Path | str, *, what: str = "YAML file") -> dict[str, Any]:
     try:
         _check_yaml_size(text, path)
         parsed = yaml.load(text, Loader=_YamlLoader)
+    except InputError:
+        raise
     except RecursionError:
         raise InputError(f"{path} is nested too deeply for a {what}.") from None
     except (yaml.YAMLError, ValueError, TypeError, OverflowError) as error:

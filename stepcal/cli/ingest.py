@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from stepcal.cli.output import Json, emit
+from stepcal.cli.output import Json, emit, progress_options
 from stepcal.errors import InputError
 
 
@@ -36,7 +36,7 @@ def ingest(
 
     columns = None if mapping is None else read_mapping(mapping)
     total = sum(_size(path) for path in source)
-    with tqdm(total=total, unit="B", unit_scale=True, disable=None, leave=False) as bar:
+    with tqdm(total=total, unit="B", unit_scale=True, **progress_options()) as bar:
 
         def show(name: str, n_bytes: int) -> None:
             bar.set_postfix_str(name)

@@ -16,10 +16,11 @@ import typer
 from stepcal.cli.cache import cache
 from stepcal.cli.export import export
 from stepcal.cli.ingest import ingest
-from stepcal.cli.output import Json, emit, reports_errors
+from stepcal.cli.output import FOUND, Json, emit, progress_options, reports_errors
 from stepcal.cli.own_server import calibrate, check, demo
 from stepcal.cli.report import report
 from stepcal.cli.simulate_command import simulate
+from stepcal.errors import InputError, shown
 from stepcal.files import refuse_unwritable
 
 if TYPE_CHECKING:
@@ -28,9 +29,11 @@ if TYPE_CHECKING:
 app = typer.Typer(
     help="How long does one step of an LLM server take? Fit step-time models to traces, judge them by frozen rules.",
     no_args_is_help=True,
-    add_completion=False,
+    add_completion=True,
     pretty_exceptions_enable=False,
 )
+
+ARRIVALS = ("replayed", "poisson", "constant")
 
 
 @app.callback()
@@ -200,22 +203,37 @@ def evaluate(
 
     Arrivals go in, latencies come out; nothing of the measured latencies is used. Example: stepcal evaluate --json -
     """
+    from tqdm import tqdm
+
     from stepcal.datasets import have_traces, load_requests
     from stepcal.evaluation.evaluate import evaluate as evaluate_cases
-    from stepcal.experiments.folders import read_experiment_folder
+    from stepcal.experiments.folders import read_usable_runs
     from stepcal.experiments.latencies import measured_latencies
     from stepcal.step_time.coefficients import load_coefficients
     from stepcal.studies.published_runs import load_experiments
 
     if json_out not in (None, "-"):
         refuse_unwritable(Path(json_out))
+    if arrivals not in (None, *ARRIVALS):
+        raise InputError(f"`--arrivals` is {shown(arrivals)}; it must be one of {', '.join(ARRIVALS)}.")
     fitted = load_coefficients(coefficients)
+    bad: dict[str, str] = {}
     if experiments is not None:
-        cases = read_experiment_folder(experiments, accelerator=accelerator, kv_offloading_gib=kv_offloading_gib)
+        cases, bad = read_usable_runs(experiments, accelerator=accelerator, kv_offloading_gib=kv_offloading_gib)
     else:
         at_hand = have_traces()
         cases = [(e, measured_latencies(e)) for e in load_experiments(load_requests() if at_hand else None)]
-    result = {"coefficients": coefficients, **evaluate_cases(fitted, cases, process=arrivals, seed=seed)}
+
+    def note(name: str, error: InputError) -> None:
+        bad[name] = str(error)
+
+    in_turn = tqdm(cases, unit=" experiments", **progress_options())
+    judged = evaluate_cases(fitted, in_turn, process=arrivals, seed=seed, on_error=note)
+    if not judged["per_experiment"]:
+        raise InputError("\n".join(list(bad.values())[:5]))
+    result = {"coefficients": coefficients, **judged}
+    if bad:
+        result["bad_runs"] = [{"experiment_id": name, "reason": reason} for name, reason in bad.items()]
     lines = [f"{coefficients}, {result['arrivals']} arrivals: signed error of the mean over completed requests (%)"]
     lines += [_evaluation_line(row, result["arrivals"]) for row in result["per_experiment"]]
     lines += _note_lines(result["per_experiment"])
@@ -225,7 +243,10 @@ def evaluate(
             f"  E2E: mean |error| {result['mean_abs_e2e_error_percent']:.1f}%, MSPE {result['mspe_percent']:+.1f}%, "
             f"{result['n_below_10_percent']} of {len(evaluable)} evaluable experiments below 10%"
         )
+    lines += [f"  {name}: cannot be used. {reason}" for name, reason in bad.items()]
     emit(result, json_out, "\n".join(lines))
+    if bad:
+        raise typer.Exit(FOUND)
 
 
 def _evaluation_line(row: dict[str, Any], arrivals: str) -> str:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from stepcal.cli.output import aligned
 from stepcal.cli.served_load import LoadOptions, served_load, with_rejected
 from stepcal.errors import InputError
 from stepcal.files import refuse_unwritable, write_bytes_atomically
@@ -18,9 +19,6 @@ from stepcal.specs.hardware import load_accelerator
 from stepcal.specs.kv_offloading import offload_blocks
 from stepcal.step_time.coefficients import load_coefficients
 from stepcal.step_time.serve import simulate
-
-SHOW_PROGRESS_ABOVE = 100_000
-"""Requests above which a run lasts long enough for a progress bar."""
 
 Progress = Callable[[int, int], None]
 
@@ -77,7 +75,7 @@ def run_simulation(options: SimulateOptions, on_progress: Progress | None = None
         record_steps=options.steps_fraction if options.steps else None,
         seed=options.seed,
         experiment_id=load.name,
-        on_progress=on_progress if len(load.requests) > SHOW_PROGRESS_ABOVE else None,
+        on_progress=on_progress,
     )
     if options.steps:
         _write_steps(result, options, architecture, load.name)
@@ -90,15 +88,16 @@ def summary_text(summary: dict[str, Any]) -> str:
     parts = {"overall": summary["overall"]}
     if len(summary["stages"]) > 1:
         parts |= {f"stage {i}": stage for i, stage in enumerate(summary["stages"])}
-    lines = [f"{'':<10}{'requests':>9}{'completed':>10}{'failed':>8}{'requests/s':>11}"]
+    counts = [["", "requests", "completed", "failed", "requests/s"]]
     for name, part in parts.items():
-        rate = "-" if part["requests_per_s"] is None else f"{part['requests_per_s']:.2f}"
-        lines.append(f"{name:<10}{part['requests']:>9,}{part['completed']:>10,}{part['failed']:>8,}{rate:>11}")
-    lines.append(f"{'ms':<18}{'mean':>10}{'p50':>10}{'p90':>10}{'p99':>10}")
+        rate = "-" if part["requests_per_s"] is None else f"{part['requests_per_s']:,.2f}"
+        counts.append([name, *(f"{part[key]:,}" for key in ("requests", "completed", "failed")), rate])
+    latencies = [["ms", "", "mean", "p50", "p90", "p99"]]
     for name, part in parts.items():
         for metric in ("e2e_ms", "ttft_ms", "tpot_ms", "itl_ms"):
-            cells = "".join(f"{'-' if v is None else format(v, ',.2f'):>10}" for v in part[metric].values())
-            lines.append(f"{name:<10}{metric.removesuffix('_ms'):<8}{cells}")
+            cells = ["-" if value is None else f"{value:,.2f}" for value in part[metric].values()]
+            latencies.append([name, metric.removesuffix("_ms"), *cells])
+    lines = [*aligned(counts), *aligned(latencies, n_left=2)]
     lines.append(
         f"{summary['steps']:,} steps, {summary['preemptions']:,} preemptions, {summary['simulated_s']:,.1f} s simulated in "
         f"{summary['wall_s']:.2f} s"

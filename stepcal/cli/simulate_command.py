@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from stepcal.cli.output import Json, emit
+from stepcal.cli.output import Json, emit, progress_options, say
 from stepcal.files import refuse_unwritable
 
 
@@ -117,6 +117,7 @@ def simulate(
     from stepcal.cli.served_load import LoadOptions
     from stepcal.cli.simulate import SimulateOptions, run_simulation, summary_text
     from stepcal.simulator import ServerConfig
+    from stepcal.simulator.config import check_block_size
     from stepcal.simulator.versions import NEWEST, version_note
 
     if json_out not in (None, "-"):
@@ -126,14 +127,14 @@ def simulate(
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
         max_model_len=max_model_len,
-        block_size=block_size,
+        block_size=check_block_size(block_size),
         enable_prefix_caching=prefix_caching,
         async_scheduling=async_scheduling,
         vllm_version=vllm_version or NEWEST,
     )
     note = version_note(server.vllm_version)
     if note:
-        typer.echo(note, err=True)
+        say(note)
     options = SimulateOptions(
         architecture=architecture,
         accelerator=accelerator,
@@ -164,7 +165,7 @@ def simulate(
         steps=steps,
         steps_fraction=steps_fraction,
     )
-    with tqdm(unit=" requests", unit_scale=True, disable=None, leave=False) as bar:
+    with tqdm(unit=" requests", unit_scale=True, **progress_options()) as bar:
 
         def show(ended: int, total: int) -> None:
             bar.total = total

@@ -16,9 +16,10 @@ import pandas as pd
 from stepcal.datasets.schemas import validate_steps
 from stepcal.datasets.steps_layout import BATCH_EVENT, STEP_ATTRIBUTES, UNUSED_STEP_ATTRIBUTES
 from stepcal.datasets.tables import LINE_INDEX
-from stepcal.errors import InputError
+from stepcal.errors import InputError, shown
 
 _LARGEST_INTEGER = 2**63 - 1  # OTLP integers are int64
+_LARGEST_DOCUMENT = 1 << 26
 
 
 def read_steps_otlp(
@@ -81,15 +82,20 @@ def read_steps_otlp(
 def _requests(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield each line's number and parsed object; blank lines are skipped."""
     try:
-        with path.open(encoding="utf-8") as stream:
+        with path.open(encoding="utf-8-sig") as stream:
             for line, text in enumerate(stream, start=1):
                 if not text.strip():
                     continue
                 try:
                     parsed = json.loads(text)
-                except ValueError as error:
+                except (ValueError, RecursionError) as error:
+                    if line == 1 and _is_one_document(path):
+                        raise InputError(
+                            f"{path} is JSON, but not JSON lines: one document over several lines. Put each export request "
+                            f"on a line of its own: `jq -c . {path} > {path.stem}.jsonl`."
+                        ) from None
                     raise InputError(
-                        f"{path}, line {line}: not JSON ({error}). The file is corrupt or cut short: "
+                        f"{path}, line {line}: not JSON ({shown(str(error))}). The file is corrupt or cut short: "
                         "export it again, or delete that line."
                     ) from None
                 yield line, parsed
@@ -99,9 +105,21 @@ def _requests(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         raise InputError(f"{path} is not UTF-8 text ({error.reason}): it is no OTLP JSON-lines file.") from error
 
 
+def _is_one_document(path: Path) -> bool:
+    """Whether the whole file is one JSON document, as a pretty-printer writes it."""
+    if path.stat().st_size > _LARGEST_DOCUMENT:
+        return False
+    try:
+        json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
 def _events(request: Any, path: Path, line: int) -> Iterator[dict[str, Any]]:
     if not isinstance(request, dict) or "resourceSpans" not in request:
-        found = ", ".join(f"`{key}`" for key in request) if isinstance(request, dict) else type(request).__name__
+        keys = [f"`{str(key)[:40]}`" for key in list(request)[:12]] if isinstance(request, dict) else []
+        found = ", ".join(keys) or type(request).__name__
         raise InputError(
             f"{path}, line {line}: expected an OTLP ExportTraceServiceRequest with `resourceSpans`, found {found}. "
             "Export traces (not metrics or logs) with the file exporter."
@@ -129,7 +147,7 @@ def _row(event: dict[str, Any], path: Path, line: int, ignore: Collection[str]) 
     attributes = event.get("attributes", [])
     if not isinstance(attributes, list):
         raise InputError(
-            f"{path}, line {line}: the attributes of `{BATCH_EVENT}` are not a list but {json.dumps(attributes)}. "
+            f"{path}, line {line}: the attributes of `{BATCH_EVENT}` are not a list but {shown(attributes)}. "
             "The line does not follow OTLP/JSON: export the trace again."
         )
     for attribute in attributes:
@@ -137,9 +155,9 @@ def _row(event: dict[str, Any], path: Path, line: int, ignore: Collection[str]) 
             key, value = attribute["key"], attribute["value"]
             if key not in UNUSED_STEP_ATTRIBUTES and key not in ignore:
                 row[STEP_ATTRIBUTES.get(key, key)] = _plain(value)
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
             raise InputError(
-                f"{path}, line {line}: malformed attribute {json.dumps(attribute)} of `{BATCH_EVENT}` ({error}). "
+                f"{path}, line {line}: malformed attribute {shown(attribute)} of `{BATCH_EVENT}` ({shown(str(error))}). "
                 'OTLP writes {"key": "step.id", "value": {"intValue": "12"}}.'
             ) from None
     return row

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -29,23 +29,27 @@ BELOW_PERCENT = 10.0
 
 def evaluate(
     coefficients: Coefficients,
-    cases: Sequence[Experiment | tuple[Experiment, pd.DataFrame]],
+    cases: Iterable[Experiment | tuple[Experiment, pd.DataFrame]],
     *,
     process: str | None = None,
     seed: int = 0,
+    on_error: Callable[[str, InputError], None] | None = None,
 ) -> dict[str, Any]:
     """Simulate experiments with given coefficients and put the result beside what was measured, ready for JSON.
 
     Parameters
     ----------
     coefficients : StepTimeModel
-    cases : sequence of Experiment, or of (Experiment, DataFrame)
+    cases : iterable of Experiment, or of (Experiment, DataFrame)
         The second is what was measured, as `stepcal.experiments.latencies.latency_table` gives it; by default what the
         experiment says of itself.
     process : str, optional
         ``replayed``, or a process that generates arrivals; by default replayed where measured requests are at hand, else
         Poisson.
     seed : int
+    on_error : callable, optional
+        Told the name and the error of an experiment that cannot be simulated, which is then left out; by default the error
+        is raised.
 
     Returns
     -------
@@ -67,11 +71,15 @@ def evaluate(
     >>> result["arrivals"], result["n_below_10_percent"]
     ('replayed', 1)
     """
-    pairs = [_with_measured(case) for case in cases]
-    rows = [
-        _evaluate_one(coefficients, experiment, known, process or experiment.default_process, seed)
-        for experiment, known in pairs
-    ]
+    rows = []
+    for case in cases:
+        experiment, known = _with_measured(case)
+        try:
+            rows.append(_evaluate_one(coefficients, experiment, known, process or experiment.default_process, seed))
+        except InputError as error:
+            if on_error is None:
+                raise
+            on_error(experiment.experiment_id, error)
     arrivals = {row["arrivals"] for row in rows}
     signed = [row["e2e_error_percent"] for row in rows if row["e2e_error_percent"] is not None]
     judged = [row["judged_error_percent"] for row in rows if row["judged_error_percent"] is not None]

@@ -98,6 +98,39 @@ def read_experiment_folder(
     return [_read_run(run, folder, accelerator, kv_offloading_gib, shared) for run in runs]
 
 
+def read_usable_runs(
+    folder: Path, *, accelerator: str | None = None, kv_offloading_gib: float | None = None
+) -> tuple[list[Case], dict[str, str]]:
+    """Read a folder as `read_experiment_folder` does, so that one bad run does not hide the others.
+
+    Returns
+    -------
+    cases : list of (Experiment, DataFrame)
+    bad : dict of str to str
+        Why a run cannot be used, by its name.
+
+    Raises
+    ------
+    InputError
+        If the folder holds no run, or none that can be used.
+    """
+    bad: dict[str, str] = {}
+    cases = []
+    runs = _runs(folder, bad)
+    shared = _shared_requests(folder, runs)
+    for run in runs:
+        try:
+            cases.append(_read_run(run, folder, accelerator, kv_offloading_gib, shared))
+        except InputError as error:
+            bad[_name(run)] = str(error)
+    if not cases:
+        few = 5
+        reasons = [f"{name}: {reason}" for name, reason in list(bad.items())[:few]]
+        more = f" And {len(bad) - few} more." if len(bad) > few else ""
+        raise InputError("\n".join(reasons) + more)
+    return cases, bad
+
+
 def read_supported_runs(
     folder: Path, *, accelerator: str | None = None, kv_offloading_gib: float | None = None
 ) -> tuple[list[Case], list[RefusedRun]]:
@@ -124,7 +157,14 @@ def _name(run: Path) -> str:
     return run.resolve().name
 
 
-def _runs(folder: Path) -> list[Path]:
+def _runs(folder: Path, bad: dict[str, str] | None = None) -> list[Path]:
+    """Folders with a run; what only looks like one goes into `bad`, and without that raises."""
+
+    def refuse(run: Path, reason: str) -> None:
+        if bad is None:
+            raise InputError(reason)
+        bad[str(run.relative_to(folder))] = reason
+
     runs = sorted({path.parent for name in CONFIG_NAMES for path in folder.rglob(name)}) if folder.is_dir() else []
     if not runs:
         raise InputError(
@@ -135,17 +175,16 @@ def _runs(folder: Path) -> list[Path]:
     for run in runs:
         other = first.setdefault(_name(run), run)
         if other != run:
-            raise InputError(
-                f"{other} and {run} are runs of one name. Rename one of the folders: runs go by their names."
-            )
+            refuse(run, f"{other} and {run} are runs of one name. Rename one of the folders: runs go by their names.")
     for other in (p for p in sorted(folder.iterdir()) if p.is_dir() and folder not in runs):
         has_run = any(run.is_relative_to(other) for run in runs)
         if not has_run and ((other / "profile.yaml").is_file() or any(other.rglob(f"*{SUMMARY}"))):
-            raise InputError(
+            refuse(
+                other,
                 f"{other} lacks `{CONFIG_NAMES[0]}`, which names the model and the server's limits. Add it, or move the "
-                f"folder out of {folder} if it is no run."
+                f"folder out of {folder} if it is no run.",
             )
-    return runs
+    return list(first.values())
 
 
 def _read_run(

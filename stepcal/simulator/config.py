@@ -4,8 +4,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from stepcal.errors import InputError, NotModelledError
+from stepcal.errors import InputError, NotModelledError, shown
 from stepcal.simulator.versions import OLDEST, VllmRelease, release_of
+
+MOST = {"max_num_seqs": 10**6, "max_num_batched_tokens": 2**24, "max_model_len": 10**9, "block_size": 10**6}
+MOST_BLOCKS = 2**27
+"""Bounds far above any server, within which the simulator's tables fit into memory."""
+BLOCK_SIZES = (1, 8, 16, 32, 64, 128, 256)
+"""Tokens of a KV block that vLLM takes (``BlockSize`` in vllm/config/cache.py)."""
 
 # vLLM's engine arguments that change scheduling in ways the simulator does not model, with the value that switches
 # each off.
@@ -73,6 +79,11 @@ class ServerConfig:
             value = getattr(self, name)
             if value < 1:
                 raise InputError(f"`{name}` is {value}; it must be at least 1.")
+            if value > MOST[name]:
+                raise InputError(f"`{name}` is {shown(value)}; it must be at most {MOST[name]:,}.")
+        for name in ("kv_blocks", "offload_blocks"):
+            if getattr(self, name) > MOST_BLOCKS:
+                raise InputError(f"`{name}` is {shown(getattr(self, name))}; it must be at most {MOST_BLOCKS:,}.")
         if self.offload_blocks < 0:
             raise InputError(f"`offload_blocks` is {self.offload_blocks}; it must be at least 0 (no KV offloading).")
         if self.kv_blocks < 2:
@@ -134,3 +145,18 @@ class ServerConfig:
                     f"Unknown server argument `{name}`. Known: {', '.join(sorted(known | NOT_MODELLED.keys()))}."
                 )
         return cls(**values)
+
+
+def check_block_size(block_size: int) -> int:
+    """Return `block_size` if vLLM takes it; the simulator itself takes any.
+
+    Raises
+    ------
+    InputError
+        If it does not.
+    """
+    if block_size not in BLOCK_SIZES:
+        sizes = ", ".join(map(str, BLOCK_SIZES))
+        least = "it must be at least 1, and " if block_size < 1 else ""
+        raise InputError(f"`block_size` is {shown(block_size)}; {least}vLLM takes {sizes}.")
+    return block_size

@@ -30,6 +30,12 @@ ARCHITECTURE_TYPES = {
     "GemmaForCausalLM": "gemma", "Phi3ForCausalLM": "phi3", "OPTForCausalLM": "opt", "BloomForCausalLM": "bloom",
 }  # fmt: skip
 """Types of files that name their class but no `model_type`."""
+USUAL_KEYS = {
+    "hidden_size": "hidden_size", "num_hidden_layers": "num_layers", "num_attention_heads": "num_attention_heads",
+    "num_key_value_heads": "num_kv_heads", "head_dim": "head_dim", "intermediate_size": "intermediate_size",
+    "max_position_embeddings": "max_position_embeddings",
+}  # fmt: skip
+"""Keys that people write for any type."""
 SPARSE_KEYS = words(
     "decoder_sparse_step mlp_only_layers first_k_dense_replace moe_layer_freq moe_layers interleave_moe_layer_step "
     "intermediate_size_mlp num_experts_per_tok moe_intermediate_size n_shared_experts"
@@ -83,6 +89,7 @@ def read_fields(config: Mapping[str, Any], origin: str, max_model_len: int | Non
     _check_allowed(kind, values)
     if values.optional_number("num_nextn_predict_layers") or values.optional_number("num_mtp_modules"):
         notes.append(MTP_LEFT_OUT)
+    _accept_repeated(values, fields)
     _refuse_unknown(kind, type_name, values)
     fields |= read_weight_format(config, values, origin, layers=layers, is_mixture=fields.get("num_experts", 1) > 1)
     return {**fields, "notes": tuple(notes)}
@@ -176,6 +183,16 @@ def _refuse_unknown(kind: ModelType, type_name: str, values: ConfigValues) -> No
             f"{f' and which looks like {meaning}' if meaning else ''}. It may change what a step costs; remove it if it "
             "does not."
         )
+
+
+def _accept_repeated(values: ConfigValues, fields: Mapping[str, Any]) -> None:
+    """Accept a dimension under its usual key beside the type's own, if both say the same."""
+    for key, ours in USUAL_KEYS.items():
+        if values.is_unread(key) and values.raw(key) is not None and values.raw(key) != fields[ours]:
+            raise InputError(
+                f"{values.origin}: `{key}` is {shown(values.raw(key))}, but {fields[ours]} by the other keys of its type. "
+                "Keep the one that holds."
+            )
 
 
 def _check_allowed(kind: ModelType, values: ConfigValues) -> None:

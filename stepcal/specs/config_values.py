@@ -48,6 +48,10 @@ class ConfigValues:
         value = self._content.get(key)
         return not value or key in self._silent
 
+    def is_unread(self, key: str) -> bool:
+        """Whether the file has a key that nobody asked for yet."""
+        return key in self._content and key not in self._read
+
     def unread(self, neutral: Collection[str]) -> list[str]:
         """List the keys with a value that nobody asked for and that are not `neutral`."""
         return [k for k in self._content if k not in self._read and k not in neutral and not self.is_neutral(k)]

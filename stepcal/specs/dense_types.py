@@ -205,7 +205,8 @@ DENSE_TYPES: dict[str, ModelType] = {
         family="BLOOM", hidden_size=("hidden_size", "n_embed"), num_layers=("n_layer", "num_hidden_layers"),
         num_attention_heads=("n_head", "num_attention_heads"), num_kv_heads=(), intermediate_size=(),
             hidden_multiple=4,
-        positions=("seq_length",), defaults={"seq_length": 2048}, gated=False, tied=True, qkv_bias=True,
+        positions=("seq_length", "max_position_embeddings"), defaults={"seq_length": 2048}, gated=False, tied=True,
+            qkv_bias=True,
             output_bias=True,
         mlp_bias=True, norm_bias=True, end_norms=2,
         neutral=words("apply_residual_connection_post_layernorm slow_but_exact skip_bias_add skip_bias_add_qkv "
@@ -237,7 +238,8 @@ DENSE_TYPES: dict[str, ModelType] = {
     "cohere": _COHERE,
     "cohere2": replace(
         _COHERE, family="Command R7B, Command A", qk_norm="", defaults={"sliding_window": 4096}, window="layers",
-        neutral=words("sliding_window_pattern layer_switch order_of_interleaved_layers rotary_pct cache_implementation "
+        neutral=words("sliding_window_pattern layer_switch order_of_interleaved_layers rotary_pct "
+            "cache_implementation "
             "use_embedding_sharing "
                       "use_gated_activation use_parallel_block use_parallel_embedding use_qk_norm"),
     ),

@@ -15,6 +15,9 @@ from stepcal.specs.architecture import ModelArchitecture
 from stepcal.specs.step_work import kv_bytes_per_token
 from stepcal.units import BYTES_PER_GIB, FloatArray
 
+MOST_OFFLOAD_GIB = 1 << 20
+"""A pebibyte of CPU memory: more than any server has."""
+
 
 def offload_blocks(architecture: ModelArchitecture, gib: float, *, block_size: int = 16) -> int:
     """Return the KV blocks that fit into an offload pool.
@@ -38,6 +41,8 @@ def offload_blocks(architecture: ModelArchitecture, gib: float, *, block_size: i
     """
     if not (np.isfinite(gib) and gib >= 0):
         raise InputError(f"`gib` is {gib}; the size of the offload pool must be finite and at least 0 (no offloading).")
+    if gib > MOST_OFFLOAD_GIB:
+        raise InputError(f"`gib` is {gib:g}; the offload pool must be at most {MOST_OFFLOAD_GIB:,} GiB.")
     return int(gib * BYTES_PER_GIB // (block_size * kv_bytes_per_token(architecture)))
 
 

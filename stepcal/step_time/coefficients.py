@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -15,7 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from stepcal.errors import InputError
+from stepcal.documents import read_json_object
+from stepcal.errors import InputError, shown
 from stepcal.locations import data_folder
 from stepcal.simulator import CompiledStepTime, ServerConfig, StepBatch
 from stepcal.simulator.steptime import add_components
@@ -306,29 +308,48 @@ def _frozen(name: str) -> Coefficients:
 
 
 def _read(path: Path) -> Coefficients:
+    form = "It is JSON with `variant` and `parameters`, a list of objects with `name` and `value`."
     try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json_object(path, what="coefficient file")
+    except InputError as error:
+        raise InputError(f"{path} is not a coefficient file ({error}). {form}") from None
+    try:
         variant, combine = str(content["variant"]), str(content.get("combine", SUM))
-        pairs = [(str(p["name"]), float(p["value"])) for p in content["parameters"]]
         units = {str(p["name"]): str(p["unit"]) for p in content["parameters"] if "unit" in p}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        pairs = [(str(p["name"])[:_LONGEST_NAME], _number(p["name"], p["value"], path)) for p in content["parameters"]]
+    except InputError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise InputError(
-            f"{path} is not a coefficient file ({type(error).__name__}: {error}). It is JSON with `variant` and "
-            "`parameters`, a list of objects with `name` and `value`."
+            f"{path} is not a coefficient file ({type(error).__name__}: {shown(str(error))}). {form}"
         ) from None
     values = dict(pairs)
-    twice = next((name for i, (name, _) in enumerate(pairs) if name in dict(pairs[:i])), None)
+    seen: set[str] = set()
+    twice = next((name for name, _ in pairs if name in seen or seen.add(name)), None)  # type: ignore[func-returns-value]
     if twice is not None:
         raise InputError(f"{path} has the parameter `{twice}` twice. Keep one of them.")
     known = (DEFAULT, AFFINE, *_BASELINES, *SHIPPED_VARIANTS)
     if variant not in known:
         raise InputError(
-            f"{path} holds the variant `{variant}`, which cannot be read from a file. Known: {', '.join(known)}."
+            f"{path} holds the variant `{variant[:80]}`, which cannot be read from a file. Known: {', '.join(known)}."
         )
     bad = next((name for name, value in values.items() if not np.isfinite(value)), None)
     if bad is not None:
         raise InputError(f"{path}: `{bad}` is {values[bad]}; coefficients are finite numbers.")
-    return Coefficients(variant, values, str(path), combine, units).check()
+    found = Coefficients(variant, values, str(path), combine, units).check()
+    if variant == AFFINE and not values:
+        raise InputError(f"{path} has no parameters: every step would take no time. Terms: {', '.join(AFFINE_TERMS)}.")
+    return found
+
+
+_LONGEST_NAME = 200
+
+
+def _number(name: Any, value: Any, path: Path) -> float:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not abs(value) <= sys.float_info.max:
+        raise InputError(f"{path}: `{str(name)[:80]}` is {shown(value)}; coefficients are finite numbers.")
+    return float(value)
 
 
 _BASELINE_PARAMETERS: dict[str, tuple[str, ...]] = {

@@ -216,10 +216,10 @@ def test_the_accelerator_is_an_option(others: Path) -> None:
     [
         (
             ("--coefficients", "model99"),
-            "`model99` is neither a file nor a set of coefficients. Known: default, global9",
+            "`model99` is neither a file nor a set of coefficients. Known: default",
         ),
         (("--experiments", "no such folder"), "holds no experiments"),
-        (("--arrivals", "bursts"), "`process` is 'bursts'"),
+        (("--arrivals", "bursts"), "`--arrivals` is 'bursts'"),
         (("--arrivals", "replayed", "--experiments", "mine"), "cannot be replayed"),
         (("--accelerator", "tpu", "--experiments", "mine"), "Unknown accelerator `tpu`"),
         (("--seed", -1), "--seed"),

@@ -377,7 +377,7 @@ def refused(arguments: list[object], message: str, folder: Path) -> None:
         (example("--steps", "no/such/steps.parquet"), "Cannot write no/such/steps.parquet: the folder no/such"),
         (example("--steps", "."), "it is a folder"),
         (example("--steps-fraction", 1e-9), "steps is in the sample, so there is no steps.parquet to write"),
-        (example(kv_blocks=10**15), "not enough memory"),
+        (example(kv_blocks=10**20), "`kv_blocks` is 100000000000000000000; it must be at most 134,217,728"),
         (example("--seed", -1), "--seed"),
         (example(kv_blocks=None), "--kv-blocks"),
         (example(tp="two"), "--tp"),

@@ -220,3 +220,10 @@ def test_dispatch_refuses_other_content(tmp_path: Path) -> None:
     (tmp_path / "trace.csv").write_text("step_id\n1\n", encoding="utf-8")
     with pytest.raises(InputError, match="neither parquet"):
         read_steps(tmp_path / "trace.csv")
+
+
+def test_a_pretty_printed_export_is_json_but_not_json_lines(tmp_path: Path) -> None:
+    path = tmp_path / "trace.json"
+    path.write_text('{\n "resourceSpans": []\n}\n')
+    with pytest.raises(InputError, match=r"is JSON, but not JSON lines.*`jq -c \."):
+        read_steps(path, **RUN)

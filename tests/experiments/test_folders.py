@@ -7,10 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from run_folders import PROFILE, QWEN, SERVER, summary, write_run
+from typer.testing import CliRunner
 
+from stepcal.cli.main import app
 from stepcal.errors import InputError
 from stepcal.experiments.experiment import CLIENT_TIMEOUT_S
-from stepcal.experiments.folders import read_experiment_folder
+from stepcal.experiments.folders import read_experiment_folder, read_usable_runs
 from stepcal.experiments.latencies import measured_latencies
 
 
@@ -210,3 +212,59 @@ def test_generated_arrivals_bring_prompts_as_long_as_measured(tmp_path) -> None:
     assert experiment.workload.prompt_len == 170
     assert (np.asarray(experiment.arrivals("poisson").prompt_tokens) == 170).all()
     assert "Prompts have 170 tokens, as measured; 150 were asked for." in experiment.notes
+
+
+class TestOneBadRun:
+    """A bad run is named and does not hide the others."""
+
+    def folder(self, tmp_path: Path) -> Path:
+        write_run(tmp_path, "run-a")
+        write_run(tmp_path, "run-b", files={"config.json": "{"})
+        write_run(tmp_path, "run-c", files={"profile.yaml": None})
+        write_run(tmp_path, "run-d", server={**SERVER, "enable_lora": True})
+        write_run(tmp_path, "run-e", files={"exp-config.yaml": None})
+        return tmp_path
+
+    def test_the_others_are_read(self, tmp_path) -> None:
+        cases, bad = read_usable_runs(self.folder(tmp_path))
+        assert [experiment.experiment_id for experiment, _ in cases] == ["run-a"]
+        assert set(bad) == {"run-b", "run-c", "run-d", "run-e"}
+        assert "line 1: not JSON" in bad["run-b"]
+        assert "the workload is unknown" in bad["run-c"]
+        assert "LoRA" in bad["run-d"]
+        assert "lacks `exp-config.yaml`" in bad["run-e"]
+
+    def test_the_command_judges_the_rest_and_exits_with_1(self, tmp_path) -> None:
+        done = CliRunner().invoke(app, ["evaluate", "--experiments", str(self.folder(tmp_path)), "--json", "-"])
+        assert done.exit_code == 1, done.stderr
+        result = json.loads(done.stdout)
+        assert [row["experiment_id"] for row in result["per_experiment"]] == ["run-a"]
+        assert {row["experiment_id"] for row in result["bad_runs"]} == {"run-b", "run-c", "run-d", "run-e"}
+        assert "run-c: cannot be used." in done.stderr
+
+    def test_none_that_can_be_used_is_bad_input(self, tmp_path) -> None:
+        write_run(tmp_path, "run-b", files={"config.json": "{"})
+        done = CliRunner().invoke(app, ["evaluate", "--experiments", str(tmp_path)])
+        assert done.exit_code == 2
+        assert "run-b" in done.stderr
+
+    def test_answers_of_another_length_than_asked_for_are_noted(self, tmp_path) -> None:
+        long = summary()
+        long["successes"]["output_len"] = dict.fromkeys(("mean", "median", "p90", "p99"), 5000.0)
+        write_run(tmp_path, files={"results/summary_lifecycle_metrics.json": long})
+        ((experiment, _),) = read_experiment_folder(tmp_path)
+        assert any("Answers have 5,000 tokens as measured" in note for note in experiment.notes)
+
+
+def test_a_run_without_streaming_is_judged_by_its_e2e(tmp_path) -> None:
+    unary = summary()
+    for name in ("time_to_first_token", "inter_token_latency", "time_per_output_token"):
+        unary["successes"]["latency"][name] = None
+    stages = {f"results/stage_{i}_lifecycle_metrics.json": None for i in (0, 1)}
+    write_run(tmp_path, files={"results/summary_lifecycle_metrics.json": unary, **stages})
+    done = CliRunner().invoke(app, ["evaluate", "--experiments", str(tmp_path), "--json", "-"])
+    assert done.exit_code == 0, done.stderr
+    (row,) = json.loads(done.stdout)["per_experiment"]
+    assert row["e2e_error_percent"] is not None
+    assert row["ttft_error_percent"] is row["tpot_error_percent"] is None
+    assert row["measured"]["ttft_ms"]["mean"] is row["measured"]["tpot_ms"]["mean"] is None

@@ -178,8 +178,8 @@ NINE = {p.name: p.start for p in Global9().parameters}
         ("model36", {"llama-2-70b.overhead_us": 3.0}, "lacks `llama-2-70b.prefill_gemm_factor`"),
         ("blackbox", {"intercept": 1.0, "prefill_tokens": 1.0}, r"lacks `decode_tokens`.*stepcal fit blackbox"),
         ("blackbox", {"a.intercept": 1.0, "b.intercept": 2.0}, "lacks `prefill_tokens`"),
-        ("constant", {"median_us": "fast"}, r"mine\.json is not a coefficient file \(ValueError"),
-        ("constant", {"median_us": None}, "is not a coefficient file"),
+        ("constant", {"median_us": "fast"}, r"mine\.json: `median_us` is 'fast'; coefficients are finite numbers"),
+        ("constant", {"median_us": None}, "`median_us` is None; coefficients are finite numbers"),
     ],
 )  # fmt: skip
 def test_bad_values_are_named_with_file_and_way_out(variant, parameters, message, tmp_path) -> None:
@@ -220,3 +220,34 @@ def test_an_unknown_name_lists_the_recorded_ones(name: str) -> None:
 def test_factors_by_a_zero_utilisation_are_refused(tmp_path) -> None:
     with pytest.raises(InputError, match="prefill_gemm_mfu"):
         clock_of(load_coefficients(write(tmp_path, "global9", *{**NINE, "prefill_gemm_mfu": 0.0}.items())))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        pytest.param('{"variant": "affine", "parameters": []}', "has no parameters", id="empty"),
+        pytest.param(
+            '{"variant": "affine", "parameters": [{"name": "constant_us", "value": ' + "9" * 401 + "}]}",
+            "`constant_us` is a whole number of more than 30 digits; coefficients are finite",
+            id="401 digits",
+        ),
+        pytest.param('{"variant": "affine", "parameters": ' + "9" * 5000 + "}", "Exceeds the limit", id="5000 digits"),
+        pytest.param("[" * 200_000, "nested too deeply", id="deep"),
+        pytest.param(
+            '{"variant": "affine", "parameters": [{"name": "constant_us", "value": true}]}', "is True", id="true"
+        ),
+    ],
+)
+def test_a_damaged_file_has_a_short_message(content: str, message: str, tmp_path) -> None:
+    file = tmp_path / "damaged.json"
+    file.write_text(content)
+    with pytest.raises(InputError, match=message) as caught:
+        load_coefficients(str(file))
+    assert str(file) in str(caught.value)
+    assert len(str(caught.value)) < 800
+
+
+def test_a_byte_order_mark_is_no_fault(tmp_path) -> None:
+    file = tmp_path / "mine.json"
+    file.write_text('\ufeff{"variant": "affine", "parameters": [{"name": "constant_us", "value": 9}]}')
+    assert load_coefficients(str(file)).values == {"constant_us": 9.0}
