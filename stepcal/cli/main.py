@@ -18,6 +18,7 @@ from stepcal.cli.export import export
 from stepcal.cli.ingest import ingest
 from stepcal.cli.output import FOUND, Json, emit, progress_options, reports_errors
 from stepcal.cli.own_server import calibrate, check, demo
+from stepcal.cli.planning import compare, plan, predict
 from stepcal.cli.report import report
 from stepcal.cli.simulate_command import simulate
 from stepcal.errors import InputError, shown
@@ -324,6 +325,9 @@ app.command()(reports_errors(report))
 app.command()(reports_errors(cache))
 app.command()(reports_errors(check))
 app.command()(reports_errors(calibrate))
+app.command()(reports_errors(predict))
+app.command()(reports_errors(compare))
+app.command()(reports_errors(plan))
 app.command()(reports_errors(demo))
 app.command()(reports_errors(export))
 

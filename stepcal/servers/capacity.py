@@ -1,0 +1,153 @@
+"""The largest rate that one server serves within its targets: a bisection over a grid of rates, on common random numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import numpy as np
+
+from stepcal.servers.load import PlannedLoad
+from stepcal.servers.targets import METRICS, Goal
+from stepcal.simulator import CompiledStepTime, StepBatch, simulate
+from stepcal.simulator.steptime import add_components
+from stepcal.specs.deployment import Deployment
+from stepcal.step_time.coefficients import Coefficients
+from stepcal.units import FloatArray
+
+LOWEST_RATE_PER_S, GRID_RATIO, GRID_SIZE = 0.02, 1.02, 640
+"""Rates that are asked for: 0.02 to 6,000 a second, each 2% above the last."""
+LOOK_BACK = 3
+"""Rates below an answer that are asked for as well: a percentile is not quite monotone in the rate."""
+NORMAL_95 = 1.959964
+"""Half-width of a 95% interval of a normal distribution, in standard deviations."""
+US_PER_MS = 1e3
+
+
+def rates_per_s() -> FloatArray:
+    """Return the grid of rates, shape (GRID_SIZE,)."""
+    return np.asarray(LOWEST_RATE_PER_S * GRID_RATIO ** np.arange(GRID_SIZE), dtype=np.float64)
+
+
+@dataclass(frozen=True)
+class Server:
+    """A deployment on a step-time model, ready to be asked at many rates.
+
+    Attributes
+    ----------
+    deployment : Deployment
+    step_time : CompiledStepTime or callable
+    overheads_us : dict
+        `api_before_us` and `api_after_us`.
+    """
+
+    deployment: Deployment
+    step_time: Any
+    overheads_us: dict[str, float]
+
+    @classmethod
+    def of(cls, coefficients: Coefficients, deployment: Deployment) -> Server:
+        """Compile coefficients for a deployment."""
+        return cls(deployment, coefficients.compile(deployment), coefficients.api_overheads_us())
+
+    def slower(self, factor: float) -> Server:
+        """Return the same server with every step time multiplied."""
+        return replace(self, step_time=scaled(self.step_time, factor))
+
+    def latencies_ms(self, load: PlannedLoad, rate_per_s: float) -> dict[str, FloatArray]:
+        """Latencies by metric of the judged requests at a rate; NaN for one that does not complete."""
+        result = simulate(
+            load.at_rate(rate_per_s),
+            self.deployment.limits,
+            self.step_time,
+            api_before_us=self.overheads_us.get("api_before_us", 0.0),
+            api_after_us=self.overheads_us.get("api_after_us", 0.0),
+        )
+        e2e, ttft = result.e2e_us()[load.judged] / US_PER_MS, result.ttft_us()[load.judged] / US_PER_MS
+        tpot = (e2e - ttft) / np.maximum(load.output_tokens[load.judged] - 1, 1)
+        return dict(zip(METRICS, (ttft, tpot, e2e), strict=True))
+
+    def is_met(self, load: PlannedLoad, rate_per_s: float, goal: Goal) -> bool:
+        """Whether targets are kept at a rate."""
+        return goal.is_met(self.latencies_ms(load, rate_per_s))
+
+
+def scaled(step_time: Any, factor: float) -> Any:
+    """Multiply a step time."""
+    if isinstance(step_time, CompiledStepTime):
+        names = [f.name for f in fields(step_time) if f.name != "combine"]
+        terms: dict[str, Any] = {n: np.asarray(getattr(step_time, n), dtype=float) * factor for n in names}
+        return replace(step_time, **terms)
+
+    def slower(batch: StepBatch) -> float:
+        return factor * add_components(step_time(batch))
+
+    return slower
+
+
+def largest_rate(server: Server, load: PlannedLoad, goal: Goal) -> float:
+    """Find the largest rate of the grid up to which the targets are kept.
+
+    Parameters
+    ----------
+    server : Server
+    load : PlannedLoad
+    goal : Goal
+
+    Returns
+    -------
+    float
+        Requests a second; 0 where not even the lowest rate keeps them.
+    """
+    rates = rates_per_s()
+    k = last_true(lambda i: server.is_met(load, float(rates[i]), goal), len(rates))
+    return 0.0 if k < 0 else float(rates[k])
+
+
+def last_true(holds: Callable[[int], bool], n: int) -> int:
+    """Find the last of ``0 ... n - 1`` up to which a condition holds, -1 for none, by bisection and a look back.
+
+    Examples
+    --------
+    >>> last_true(lambda i: i < 7, 100)
+    6
+    """
+    known: dict[int, bool] = {}
+
+    def ask(i: int) -> bool:
+        if i not in known:
+            known[i] = holds(i)
+        return known[i]
+
+    low, high = -1, n
+    while high - low > 1:
+        middle = (low + high) // 2
+        if ask(middle):
+            low = middle
+        else:
+            high = middle
+    # A percentile may fail at a rate and hold at the next: the answer is below the first rate that fails.
+    first = low
+    while first > 0 and any(not ask(i) for i in range(max(first - LOOK_BACK, 0), first)):
+        first = next(i for i in range(max(first - LOOK_BACK, 0), first) if not ask(i)) - 1
+    return first
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """Largest rate of one server, with the interval that the model's error gives it."""
+
+    rate_per_s: float
+    low_per_s: float
+    high_per_s: float
+
+
+def capacity(server: Server, load: PlannedLoad, goal: Goal, *, log_sd: float) -> Capacity:
+    """Find the largest rate, and those with every step slower and faster by 1.96 `log_sd`, the model's error."""
+    factor = float(np.exp(NORMAL_95 * log_sd))
+    return Capacity(
+        largest_rate(server, load, goal),
+        largest_rate(server.slower(factor), load, goal),
+        largest_rate(server.slower(1.0 / factor), load, goal),
+    )

@@ -1,0 +1,102 @@
+"""A plan for people: a ranked table, and cost against rate in the terminal and as PNG."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+
+from stepcal.errors import InputError
+from stepcal.servers.plan import Choice, cost_of, served_of
+
+WIDTH, HEIGHT = 60, 14
+MARK, FRONT = "o", "*"
+
+
+def plan_table(choices: Sequence[Choice], left_out: Sequence[str]) -> str:
+    """Return the ranked table, and what was left out."""
+    lines = [
+        f"{'':>3} {'choice':<18}{'replicas':>16}{'GPUs':>6}{'price/h':>9}  {'requests/s of one [95%]':<30}{'basis':<14}"
+    ]
+    for i, c in enumerate(choices, start=1):
+        replicas = "-" if c.replicas is None else f"{c.replicas} [{c.replicas_low or '-'}, {c.replicas_high or '-'}]"
+        price = "-" if c.price_per_h is None else f"{c.price_per_h:.2f}"
+        found = c.capacity
+        rate = f"{found.rate_per_s:.2f} [{found.low_per_s:.2f}, {found.high_per_s:.2f}]" if found.rate_per_s else "none"
+        basis = "extrapolated" if c.is_extrapolated else "calibrated"
+        front = FRONT if c.is_efficient else " "
+        name = f"{c.tensor_parallel} x {c.accelerator}"
+        lines.append(f"{i:>2}{front} {name:<18}{replicas:>16}{c.gpus:>6}{price:>9}  {rate:<30}{basis:<14}")
+    reasons = sorted({reason for c in choices for reason in c.is_extrapolated})
+    lines += [f"  extrapolated: {reason}" for reason in reasons]
+    sds = sorted({(c.accelerator, c.log_sd) for c in choices})
+    lines.append(
+        "  error of a step that the intervals hold (standard deviation): "
+        + ", ".join(f"{g} {100 * s:.0f}%" for g, s in sds)
+    )
+    lines += [f"  left out: {text}" for text in left_out]
+    best = next((c for c in choices if c.capacity.rate_per_s > 0), None)
+    if best is not None:
+        lines.append(f"  start one replica of the first with: {best.flags}")
+    return "\n".join(lines)
+
+
+def pareto_text(choices: Sequence[Choice]) -> str:
+    """Return cost against the rate that is served, in characters; ``*`` where no other choice serves more for less."""
+    points = [(cost_of(c), served_of(c), c.is_efficient) for c in _comparable(choices)]
+    if not points:
+        return "  no choice serves anything within the targets"
+    most_cost, most_rate = max(p[0] for p in points), max(p[1] for p in points)
+    grid = [[" "] * WIDTH for _ in range(HEIGHT)]
+    for cost, rate, is_efficient in sorted(points, key=lambda p: p[2]):
+        column = min(int(cost / most_cost * (WIDTH - 1)), WIDTH - 1)
+        row = HEIGHT - 1 - min(int(rate / most_rate * (HEIGHT - 1)), HEIGHT - 1)
+        grid[row][column] = FRONT if is_efficient else MARK
+    what = "price/h" if any(c.price_per_h is not None for c in choices) else "GPUs"
+    lines = [f"  requests/s, up to {most_rate:.1f}"]
+    lines += ["  |" + "".join(row).rstrip() for row in grid]
+    lines.append("  +" + "-" * WIDTH)
+    lines.append(f"   {what}, up to {most_cost:g}   ({FRONT}: none serves more for less)")
+    return "\n".join(lines)
+
+
+def _comparable(choices: Sequence[Choice]) -> list[Choice]:
+    """Choices that serve something, and have a price where any has."""
+    has_prices = any(c.price_per_h is not None for c in choices)
+    return [c for c in choices if served_of(c) > 0 and (c.price_per_h is not None or not has_prices)]
+
+
+def pareto_png(choices: Sequence[Choice]) -> bytes:
+    """Return the same as a PNG.
+
+    Raises
+    ------
+    InputError
+        If matplotlib is not installed.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise InputError("`--plot` needs matplotlib: pip install 'stepcal[report]'.") from None
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    for c in _comparable(choices):
+        x, y, n = cost_of(c), served_of(c), c.replicas or 1
+        axes.errorbar(
+            [x],
+            [y],
+            yerr=[[max(y - n * c.capacity.low_per_s, 0.0)], [max(n * c.capacity.high_per_s - y, 0.0)]],
+            fmt="o" if not c.is_extrapolated else "s",
+            color="tab:blue" if c.is_efficient else "tab:gray",
+            capsize=2,
+        )
+        axes.annotate(
+            f"{c.tensor_parallel} x {c.accelerator}", (x, y), textcoords="offset points", xytext=(4, 4), fontsize=7
+        )
+    axes.set_xlabel("Price per hour" if any(c.price_per_h is not None for c in choices) else "GPUs")
+    axes.set_ylabel("Requests per second within the targets")
+    axes.set_title("Blue: none serves more for less. Squares: extrapolated. Bars: 95% by the model's error", fontsize=8)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=130, metadata={"Software": ""})
+    return buffer.getvalue()
