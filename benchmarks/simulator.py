@@ -24,8 +24,8 @@ from stepcal.simulator import (
     LoadStage,
     RequestList,
     ServerConfig,
-    SharedPrefixWorkload,
     SimulationResult,
+    Workload,
     make_requests,
     read_workload,
     replay_requests,
@@ -109,7 +109,7 @@ def time_experiments(data: Path, repeats: int) -> None:
 def time_scaling(n_requests: int) -> None:
     """One run of many requests, and a tenth of it, to see that the time is linear; peak memory of the process."""
     for n in (n_requests // 10, n_requests):
-        workload = SharedPrefixWorkload(
+        workload = Workload(
             n_groups=10,
             n_prompts_per_group=10,
             system_prompt_len=100,

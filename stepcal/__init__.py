@@ -13,11 +13,11 @@ if TYPE_CHECKING:
     from stepcal.evaluation.evaluate import evaluate
     from stepcal.evaluation.verdict import judge
     from stepcal.experiments.experiment import Experiment
-    from stepcal.simulator.shared_prefix import SharedPrefixWorkload as Workload
+    from stepcal.simulator.shared_prefix import Workload
     from stepcal.specs.architecture import ModelArchitecture
     from stepcal.specs.deployment import Deployment
     from stepcal.specs.hardware import Accelerator
-    from stepcal.step_time.coefficients import Coefficients as StepTimeModel
+    from stepcal.step_time.coefficients import StepTimeModel
     from stepcal.step_time.serve import simulate
 
 __version__ = "0.1.0"
@@ -39,8 +39,8 @@ _HOMES = {
     "Deployment": "stepcal.specs.deployment:Deployment",
     "Experiment": "stepcal.experiments.experiment:Experiment",
     "ModelArchitecture": "stepcal.specs.architecture:ModelArchitecture",
-    "StepTimeModel": "stepcal.step_time.coefficients:Coefficients",
-    "Workload": "stepcal.simulator.shared_prefix:SharedPrefixWorkload",
+    "StepTimeModel": "stepcal.step_time.coefficients:StepTimeModel",
+    "Workload": "stepcal.simulator.shared_prefix:Workload",
     "calibrate": "stepcal.calibration.from_experiments:calibrate",
     "evaluate": "stepcal.evaluation.evaluate:evaluate",
     "judge": "stepcal.evaluation.verdict:judge",

@@ -14,7 +14,7 @@ from stepcal.calibration.uncertainty import parameter_table
 from stepcal.errors import InputError
 from stepcal.experiments.experiment import Experiment
 from stepcal.metrics import CONFIDENCE
-from stepcal.step_time.coefficients import DEFAULT, Coefficients
+from stepcal.step_time.coefficients import DEFAULT, StepTimeModel
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class CalibrationResult:
     experiments : tuple of str
     """
 
-    model: Coefficients
+    model: StepTimeModel
     table: pd.DataFrame
     n_requests: int
     experiments: tuple[str, ...]
@@ -93,6 +93,6 @@ def calibrate(experiments: Sequence[Experiment], *, workers: int = 1) -> Calibra
     table = table.assign(low=table["value"] / spread, high=table["value"] * spread)
     names = tuple(e.experiment_id for e in experiments)
     units = {p.name: p.unit for p in fitted.parameters}
-    model = Coefficients(DEFAULT, dict(fitted.values), f"a calibration to {', '.join(names)}", units=units).check()
+    model = StepTimeModel(DEFAULT, dict(fitted.values), f"a calibration to {', '.join(names)}", units=units).check()
     n_requests = sum(int(target.chosen.sum()) for run in runs for target in run.targets)
     return CalibrationResult(model, table, n_requests, names)

@@ -13,7 +13,7 @@ from stepcal.simulator import (
     Clients,
     RequestList,
     ServerConfig,
-    SharedPrefixWorkload,
+    Workload,
     read_workload,
     replay_requests,
     replay_trace,
@@ -128,7 +128,7 @@ def with_rejected(summary: dict[str, Any], rejected: np.ndarray) -> dict[str, An
 
 
 def _accepted(
-    requests: RequestList, workload: SharedPrefixWorkload, server: ServerConfig
+    requests: RequestList, workload: Workload, server: ServerConfig
 ) -> tuple[RequestList, np.ndarray, list[str]]:
     """The requests without those that outgrow the context limit, which are counted by stage.
 
@@ -185,9 +185,7 @@ def _sent_by(requests: RequestList, clients: Clients, options: LoadOptions) -> t
     return requests, replace(clients, max_in_flight=limit, think_s=options.think_s)
 
 
-def _replayed(
-    path: Path, options: LoadOptions, workload: SharedPrefixWorkload | None
-) -> tuple[RequestList, str, list[str]]:
+def _replayed(path: Path, options: LoadOptions, workload: Workload | None) -> tuple[RequestList, str, list[str]]:
     """Requests of a table or a trace, the name of its run, and notes."""
     from stepcal.datasets.request_traces import cut_and_scale, read_request_trace
 

@@ -20,7 +20,7 @@ from stepcal.experiments.latencies import (
     served_per_s,
 )
 from stepcal.simulator import SimulationResult
-from stepcal.step_time.coefficients import Coefficients
+from stepcal.step_time.coefficients import StepTimeModel
 from stepcal.units import US_PER_S
 
 BELOW_PERCENT = 10.0
@@ -28,7 +28,7 @@ BELOW_PERCENT = 10.0
 
 
 def evaluate(
-    coefficients: Coefficients,
+    coefficients: StepTimeModel,
     cases: Iterable[Experiment | tuple[Experiment, pd.DataFrame]],
     *,
     process: str | None = None,
@@ -99,7 +99,7 @@ def _with_measured(case: Experiment | tuple[Experiment, pd.DataFrame]) -> tuple[
 
 
 def _evaluate_one(
-    coefficients: Coefficients, experiment: Experiment, known: pd.DataFrame, process: str, seed: int
+    coefficients: StepTimeModel, experiment: Experiment, known: pd.DataFrame, process: str, seed: int
 ) -> dict[str, Any]:
     row: dict[str, Any] = {
         "experiment_id": experiment.experiment_id,

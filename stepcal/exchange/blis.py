@@ -21,7 +21,7 @@ from stepcal.simulator import StepBatch
 from stepcal.simulator.steptime import add_components
 from stepcal.specs.deployment import Deployment
 from stepcal.specs.step_work import all_reduce_bytes, gemm_flops, kv_bytes_per_token, weight_bytes
-from stepcal.step_time.coefficients import Coefficients
+from stepcal.step_time.coefficients import StepTimeModel
 from stepcal.units import US_PER_S, FloatArray
 
 N_ALPHA = 3
@@ -177,7 +177,7 @@ def physics_terms(
     )
 
 
-def fitted_block(coefficients: Coefficients, deployment: Deployment) -> tuple[BlisBlock, dict[str, float]]:
+def fitted_block(coefficients: StepTimeModel, deployment: Deployment) -> tuple[BlisBlock, dict[str, float]]:
     """Fit the ten betas to another model's step times on one deployment, over a grid of batches.
 
     Returns

@@ -12,8 +12,8 @@ from stepcal.errors import InputError
 from stepcal.simulator import (
     RequestList,
     ServerConfig,
-    SharedPrefixWorkload,
     SimulationResult,
+    Workload,
     replay_requests,
     simulate,
 )
@@ -34,7 +34,7 @@ class Experiment:
     experiment_id : str
     deployment : Deployment
         With its server.
-    workload : SharedPrefixWorkload
+    workload : Workload
     overloaded : bool
         Whether requests came faster than they were served.
     requests : DataFrame or None
@@ -54,7 +54,7 @@ class Experiment:
 
     experiment_id: str
     deployment: Deployment
-    workload: SharedPrefixWorkload
+    workload: Workload
     overloaded: bool
     requests: pd.DataFrame | None = None
     notes: tuple[str, ...] = ()

@@ -32,7 +32,7 @@ from stepcal.experiments.engine_args import (
 )
 from stepcal.experiments.experiment import CLIENT_TIMEOUT_S, Experiment
 from stepcal.experiments.latencies import WHOLE, measured_latencies, summary_latencies
-from stepcal.simulator import SharedPrefixWorkload, read_workload
+from stepcal.simulator import Workload, read_workload
 from stepcal.specs.architecture import ModelArchitecture, load_architecture, resolve_architecture
 from stepcal.specs.deployment import Deployment
 
@@ -243,7 +243,7 @@ def _listed_offloading_gib(name: str) -> float | None:
     return float(own.iloc[0]) if len(own) else None
 
 
-def _workload(source: Path) -> SharedPrefixWorkload:
+def _workload(source: Path) -> Workload:
     document = read_yaml(source)
     try:
         workload = read_workload(document)
@@ -262,7 +262,7 @@ def _measured(run: Path) -> tuple[pd.DataFrame, Path]:
     return pd.concat([read_lifecycle_summary(file) for file in (summary, *stages)]), results
 
 
-def _measured_lengths(workload: SharedPrefixWorkload, measured: pd.DataFrame) -> tuple[SharedPrefixWorkload, list[str]]:
+def _measured_lengths(workload: Workload, measured: pd.DataFrame) -> tuple[Workload, list[str]]:
     """The workload with prompts as long as the summary says, which generated arrivals would not know, and notes."""
     prompt, output = _median(measured, "prompt_len"), _median(measured, "output_len")
     notes = []
@@ -312,7 +312,7 @@ def _served_per_s(measured: pd.DataFrame, known: pd.DataFrame) -> dict[int, floa
     return {**dict(zip(served["stage"], served["value"], strict=True)), **dict.fromkeys(nothing["stage"], 0.0)}
 
 
-def _is_overloaded(by_stage: dict[int, float], workload: SharedPrefixWorkload) -> bool:
+def _is_overloaded(by_stage: dict[int, float], workload: Workload) -> bool:
     """Whether any stage, or the run if stages have no figures, was served more slowly than it was asked for."""
     shares = [by_stage[i] / stage.rate for i, stage in enumerate(workload.stages) if i in by_stage]
     if not shares and WHOLE_RUN in by_stage:

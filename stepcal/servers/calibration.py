@@ -19,7 +19,7 @@ from stepcal.errors import InputError
 from stepcal.servers.log import ServedLog
 from stepcal.servers.posterior import Belief, draw
 from stepcal.servers.replay import replayed_latencies_s, with_values
-from stepcal.step_time.coefficients import Coefficients
+from stepcal.step_time.coefficients import StepTimeModel
 from stepcal.step_time.physical_parameters import LearnedParameter
 from stepcal.threads import each
 from stepcal.units import BoolArray, FloatArray, IntArray
@@ -67,7 +67,7 @@ class ServerCalibration:
 
     Attributes
     ----------
-    coefficients : Coefficients
+    coefficients : StepTimeModel
         Prior with what was learned in it.
     parameters : tuple of LearnedParameter
         All that could be learned; bounds and priors.
@@ -84,7 +84,7 @@ class ServerCalibration:
     n_blocks : int
     """
 
-    coefficients: Coefficients
+    coefficients: StepTimeModel
     parameters: tuple[LearnedParameter, ...]
     determined: tuple[str, ...]
     draws: FloatArray
@@ -162,7 +162,7 @@ def block_values(
 
 
 def residuals(
-    logs: Sequence[ServedLog], blocks: Sequence[Block], coefficients: Coefficients, *, workers: int = 1
+    logs: Sequence[ServedLog], blocks: Sequence[Block], coefficients: StepTimeModel, *, workers: int = 1
 ) -> FloatArray:
     """Whitened log errors of the blocks' means, in the order of blocks and of their metrics."""
     simulated = each(lambda log: replayed_latencies_s(log, coefficients), logs, workers=workers)
@@ -182,7 +182,7 @@ def residuals(
 @threadpool_limits.wrap(limits=1)  # type: ignore[untyped-decorator]
 def calibrate_server(
     logs: Sequence[ServedLog],
-    prior: Coefficients,
+    prior: StepTimeModel,
     parameters: Sequence[LearnedParameter],
     *,
     masks: Sequence[BoolArray] | None = None,
@@ -196,7 +196,7 @@ def calibrate_server(
     ----------
     logs : sequence of ServedLog
         Runs of the same server, or of servers that share the parameters.
-    prior : Coefficients
+    prior : StepTimeModel
         The shipped model; where the fit starts and what is left where the data say nothing.
     parameters : sequence of LearnedParameter
         Bounds and prior spreads.
@@ -258,7 +258,7 @@ def calibrate_server(
 
 
 def _that_act(
-    logs: Sequence[ServedLog], prior: Coefficients, parameters: Sequence[LearnedParameter]
+    logs: Sequence[ServedLog], prior: StepTimeModel, parameters: Sequence[LearnedParameter]
 ) -> list[LearnedParameter]:
     """Parameters that change anything on these servers: no collectives without ranks, no mixtures in a dense model."""
     compiled = [prior.compile(log.deployment) for log in logs]

@@ -13,7 +13,7 @@ from stepcal.servers.targets import METRICS, Goal
 from stepcal.simulator import CompiledStepTime, StepBatch, simulate
 from stepcal.simulator.steptime import add_components
 from stepcal.specs.deployment import Deployment
-from stepcal.step_time.coefficients import Coefficients
+from stepcal.step_time.coefficients import StepTimeModel
 from stepcal.units import FloatArray
 
 LOWEST_RATE_PER_S, GRID_RATIO, GRID_SIZE = 0.02, 1.02, 640
@@ -47,7 +47,7 @@ class Server:
     overheads_us: dict[str, float]
 
     @classmethod
-    def of(cls, coefficients: Coefficients, deployment: Deployment) -> Server:
+    def of(cls, coefficients: StepTimeModel, deployment: Deployment) -> Server:
         """Compile coefficients for a deployment."""
         return cls(deployment, coefficients.compile(deployment), coefficients.api_overheads_us())
 

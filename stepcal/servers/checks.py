@@ -17,7 +17,7 @@ from stepcal.servers.log import ServedLog, summarise
 from stepcal.servers.replay import replayed_latencies_s
 from stepcal.servers.suspicions import Suspicion, suspicions
 from stepcal.servers.validity import Validity, outside
-from stepcal.step_time.coefficients import Coefficients
+from stepcal.step_time.coefficients import StepTimeModel
 from stepcal.units import PERCENT
 
 
@@ -82,13 +82,13 @@ class CheckOptions:
 
     Attributes
     ----------
-    coefficients : Coefficients
+    coefficients : StepTimeModel
     validity : Validity
     look_for_mistakes : bool
         Other readings cost a simulation each.
     """
 
-    coefficients: Coefficients
+    coefficients: StepTimeModel
     validity: Validity = field(default_factory=Validity)
     look_for_mistakes: bool = True
 

@@ -13,7 +13,7 @@ from stepcal.exchange.stepml import StepmlFile
 from stepcal.servers.judgement import Judgement
 from stepcal.servers.log import ServedLog
 from stepcal.servers.validity import Validity
-from stepcal.step_time.coefficients import Coefficients, load_coefficients
+from stepcal.step_time.coefficients import StepTimeModel, load_coefficients
 
 ASSUMED_LOG_SD = 0.10
 """Error of E2E that is taken where coefficients come with none: the bound within which H2 and H3 ask most runs to be."""
@@ -34,14 +34,14 @@ class KnownModel:
 
     Attributes
     ----------
-    coefficients : Coefficients
+    coefficients : StepTimeModel
     validity : Validity
     log_sd : float
         Standard deviation of the logarithmic error of E2E, out of sample.
     error_source : str
     """
 
-    coefficients: Coefficients
+    coefficients: StepTimeModel
     validity: Validity
     log_sd: float
     error_source: str

@@ -21,7 +21,7 @@ from stepcal.servers.log import ServedLog, summarise
 from stepcal.servers.replay import replayed_latencies_s, with_values
 from stepcal.simulator import LoadStage, RequestList, empirical_lengths, generate_arrivals
 from stepcal.specs.deployment import Deployment
-from stepcal.step_time.coefficients import Coefficients, load_coefficients
+from stepcal.step_time.coefficients import StepTimeModel, load_coefficients
 from stepcal.units import FloatArray
 
 DEMO_SERVER = {
@@ -71,7 +71,7 @@ def requests_of_load(load: Load, *, seed: int) -> RequestList:
 
 def simulated_log(
     deployment: Deployment,
-    truth: Coefficients,
+    truth: StepTimeModel,
     load: Load,
     *,
     seed: int,
@@ -83,7 +83,7 @@ def simulated_log(
     Parameters
     ----------
     deployment : Deployment
-    truth : Coefficients
+    truth : StepTimeModel
     load : Load
     seed : int
     block_log_sd : mapping
@@ -107,7 +107,7 @@ def _with_latencies(log: ServedLog, e2e: FloatArray, ttft: FloatArray) -> Served
     return replace(log, e2e_s=e2e, ttft_s=ttft, summaries=summarise(e2e, ttft, log.requests.output_tokens, log.stage))
 
 
-def demo_truth() -> Coefficients:
+def demo_truth() -> StepTimeModel:
     """Return the coefficients of the demo's server."""
     shipped = load_coefficients("default")
     return with_values(shipped, {name: shipped.values[name] * factor for name, factor in DEMO_FACTORS.items()})

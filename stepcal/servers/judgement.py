@@ -19,7 +19,7 @@ from stepcal.servers.calibration import (
 from stepcal.servers.log import METRICS, ServedLog
 from stepcal.servers.replay import replayed_latencies_s
 from stepcal.servers.validity import Validity
-from stepcal.step_time.coefficients import Coefficients
+from stepcal.step_time.coefficients import StepTimeModel
 from stepcal.step_time.physical_parameters import LearnedParameter
 from stepcal.units import PERCENT, BoolArray, FloatArray
 
@@ -61,7 +61,7 @@ class Judgement:
 
 def judge_calibration(
     logs: Sequence[ServedLog],
-    prior: Coefficients,
+    prior: StepTimeModel,
     parameters: Sequence[LearnedParameter],
     *,
     seed: int = 0,
@@ -72,7 +72,7 @@ def judge_calibration(
     Parameters
     ----------
     logs : sequence of ServedLog
-    prior : Coefficients
+    prior : StepTimeModel
     parameters : sequence of LearnedParameter
     seed, workers : int
 
@@ -108,7 +108,7 @@ def judge_calibration(
 
 def leave_stages_out(
     logs: Sequence[ServedLog],
-    prior: Coefficients,
+    prior: StepTimeModel,
     parameters: Sequence[LearnedParameter],
     *,
     seed: int = 0,

@@ -16,7 +16,7 @@ from stepcal.simulator import StepBatch
 from stepcal.simulator.steptime import add_components
 from stepcal.specs.deployment import Deployment
 from stepcal.specs.step_work import floor_us
-from stepcal.step_time.coefficients import DEFAULT, Coefficients
+from stepcal.step_time.coefficients import DEFAULT, StepTimeModel
 from stepcal.step_time.physical import PhysicalModel, batch_features
 from stepcal.units import FloatArray
 
@@ -58,7 +58,7 @@ def step_batch(prefill_tokens: int, context_tokens: int, decode_requests: int) -
     return StepBatch(chunk, chunk, np.full(decode_requests, context_tokens, dtype=np.int32), 0)
 
 
-def predict_step(coefficients: Coefficients, deployment: Deployment, batch: StepBatch) -> PredictedStep:
+def predict_step(coefficients: StepTimeModel, deployment: Deployment, batch: StepBatch) -> PredictedStep:
     """Predict one step by component."""
     total = add_components(coefficients.compile(deployment)(batch))
     parts = _components_us(coefficients, deployment, batch)
@@ -67,7 +67,7 @@ def predict_step(coefficients: Coefficients, deployment: Deployment, batch: Step
     return PredictedStep(total, parts, float(floor_us(tokens, kv, deployment)[0]))
 
 
-def _components_us(coefficients: Coefficients, deployment: Deployment, batch: StepBatch) -> dict[str, float]:
+def _components_us(coefficients: StepTimeModel, deployment: Deployment, batch: StepBatch) -> dict[str, float]:
     """Components by the model's own names where it has any, else the compiled terms."""
     if coefficients.variant == DEFAULT:
         found = PhysicalModel().components_us(coefficients.values, batch_features(batch, deployment))

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from stepcal.errors import InputError
-from stepcal.step_time.coefficients import DEFAULT, Coefficients, load_coefficients
+from stepcal.step_time.coefficients import DEFAULT, StepTimeModel, load_coefficients
 from stepcal.step_time.physical_parameters import PARAMETERS, LearnedParameter
 
 _PARAMETERS: dict[str, Sequence[LearnedParameter]] = {DEFAULT: PARAMETERS}
 
 
-def prior_of(name_or_path: str) -> tuple[Coefficients, Sequence[LearnedParameter]]:
+def prior_of(name_or_path: str) -> tuple[StepTimeModel, Sequence[LearnedParameter]]:
     """Return coefficients to start from, and the parameters that data may move.
 
     Raises

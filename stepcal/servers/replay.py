@@ -8,11 +8,11 @@ import numpy as np
 
 from stepcal.servers.log import ServedLog
 from stepcal.simulator import SimulationResult, simulate
-from stepcal.step_time.coefficients import Coefficients
+from stepcal.step_time.coefficients import StepTimeModel
 from stepcal.units import US_PER_S, FloatArray
 
 
-def simulate_log(log: ServedLog, coefficients: Coefficients) -> SimulationResult:
+def simulate_log(log: ServedLog, coefficients: StepTimeModel) -> SimulationResult:
     """Simulate a log's requests on its deployment; API overheads are left out where latencies are the engine's own."""
     overheads = {} if log.is_engine_side else coefficients.api_overheads_us()
     before, after = overheads.get("api_before_us", 0.0), overheads.get("api_after_us", 0.0)
@@ -27,13 +27,13 @@ def simulate_log(log: ServedLog, coefficients: Coefficients) -> SimulationResult
     )
 
 
-def replayed_latencies_s(log: ServedLog, coefficients: Coefficients) -> tuple[FloatArray, FloatArray]:
+def replayed_latencies_s(log: ServedLog, coefficients: StepTimeModel) -> tuple[FloatArray, FloatArray]:
     """Return predicted E2E latency and TTFT of each request in seconds, NaN where it does not complete."""
     result = simulate_log(log, coefficients)
     e2e = result.e2e_us() / US_PER_S
     return e2e, np.where(np.isnan(e2e), np.nan, result.ttft_us() / US_PER_S)
 
 
-def with_values(coefficients: Coefficients, values: dict[str, float]) -> Coefficients:
+def with_values(coefficients: StepTimeModel, values: dict[str, float]) -> StepTimeModel:
     """Return coefficients with some values changed."""
     return replace(coefficients, values={**coefficients.values, **values})

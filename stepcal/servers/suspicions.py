@@ -13,7 +13,7 @@ from stepcal.servers.replay import replayed_latencies_s
 from stepcal.specs.deployment import Deployment
 from stepcal.specs.hardware import accelerators
 from stepcal.specs.step_work import floor_us
-from stepcal.step_time.coefficients import Coefficients
+from stepcal.step_time.coefficients import StepTimeModel
 from stepcal.units import US_PER_S, BoolArray, FloatArray, IntArray
 
 FAR_OFF = 0.2
@@ -46,13 +46,13 @@ class Suspicion:
     text: str
 
 
-def suspicions(log: ServedLog, coefficients: Coefficients, e2e_s: FloatArray, ttft_s: FloatArray) -> list[Suspicion]:
+def suspicions(log: ServedLog, coefficients: StepTimeModel, e2e_s: FloatArray, ttft_s: FloatArray) -> list[Suspicion]:
     """Look for mistakes in a log.
 
     Parameters
     ----------
     log : ServedLog
-    coefficients : Coefficients
+    coefficients : StepTimeModel
     e2e_s, ttft_s : ndarray, shape (n_requests,)
         Predicted with them.
 
@@ -132,7 +132,7 @@ def _of_cap(log: ServedLog, e2e: FloatArray, done: BoolArray) -> Iterator[Suspic
 
 
 def _of_readings(
-    log: ServedLog, coefficients: Coefficients, e2e_s: FloatArray, ttft_s: FloatArray
+    log: ServedLog, coefficients: StepTimeModel, e2e_s: FloatArray, ttft_s: FloatArray
 ) -> Iterator[Suspicion]:
     """Readings of the log under which the prediction fits far better."""
     own = distance(log, e2e_s, ttft_s)

@@ -11,7 +11,7 @@ from stepcal.simulator.engine import SimulationInterrupted, simulate
 from stepcal.simulator.inference_perf import read_workload
 from stepcal.simulator.replay import replay_requests, replay_trace
 from stepcal.simulator.result import SimulationResult
-from stepcal.simulator.shared_prefix import SharedPrefixWorkload
+from stepcal.simulator.shared_prefix import Workload
 from stepcal.simulator.steptime import CompiledStepTime, StepBatch, StepTime
 from stepcal.simulator.workload import RequestList, make_requests
 
@@ -21,11 +21,11 @@ __all__ = [
     "LoadStage",
     "RequestList",
     "ServerConfig",
-    "SharedPrefixWorkload",
     "SimulationInterrupted",
     "SimulationResult",
     "StepBatch",
     "StepTime",
+    "Workload",
     "empirical_lengths",
     "fixed_lengths",
     "generate_arrivals",

@@ -14,7 +14,7 @@ from stepcal.documents import read_yaml
 from stepcal.errors import InputError, NotModelledError, shown
 from stepcal.simulator.arrivals import LoadStage
 from stepcal.simulator.inference_perf_fields import FIXED, fields_of
-from stepcal.simulator.shared_prefix import SharedPrefixWorkload
+from stepcal.simulator.shared_prefix import Workload
 
 DEFAULT_INTERVAL_S = 1.0
 DEFAULT_WORKER_CONCURRENCY = 100
@@ -34,7 +34,7 @@ _LENGTHS = {
 }
 
 
-def read_workload(source: str | Path | Mapping[str, Any]) -> SharedPrefixWorkload:
+def read_workload(source: str | Path | Mapping[str, Any]) -> Workload:
     """Read an inference-perf workload.
 
     Parameters
@@ -44,7 +44,7 @@ def read_workload(source: str | Path | Mapping[str, Any]) -> SharedPrefixWorkloa
 
     Returns
     -------
-    SharedPrefixWorkload
+    Workload
 
     Raises
     ------
@@ -68,7 +68,7 @@ def read_workload(source: str | Path | Mapping[str, Any]) -> SharedPrefixWorkloa
     _check_fields(shared, "data.shared_prefix")
     timeout, interval = load.get("request_timeout"), load.get("interval")
     stages = _stages(load)
-    return SharedPrefixWorkload(
+    return Workload(
         **_lengths(shared),
         stages=tuple(_read_stage(stage) for stage in stages),
         timeout_s=np.inf if timeout is None else _positive("load.request_timeout", timeout),

@@ -8,7 +8,7 @@ import numpy as np
 
 from stepcal.errors import InputError
 from stepcal.simulator.layout import Int32Array
-from stepcal.simulator.shared_prefix import SharedPrefixWorkload
+from stepcal.simulator.shared_prefix import Workload
 from stepcal.simulator.workload import RequestList
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ REQUIRED_COLUMNS = ("index", "arrival_time_us", "prompt_tokens", "output_tokens"
 _US_PER_S = 1e6
 
 
-def replay_requests(table: pd.DataFrame, workload: SharedPrefixWorkload | None = None) -> RequestList:
+def replay_requests(table: pd.DataFrame, workload: Workload | None = None) -> RequestList:
     """Requests of one experiment as they really arrived.
 
     With a workload, request ``i`` has the text of its prompt ``i % n_prompts`` (the generator cycles through them)
@@ -32,7 +32,7 @@ def replay_requests(table: pd.DataFrame, workload: SharedPrefixWorkload | None =
     table : DataFrame
         Columns `index`, `arrival_time_us`, `prompt_tokens`, `output_tokens`, and optionally `has_error`; sorted by
         arrival, one experiment.
-    workload : SharedPrefixWorkload, optional
+    workload : Workload, optional
 
     Returns
     -------
@@ -85,7 +85,7 @@ def replay_requests(table: pd.DataFrame, workload: SharedPrefixWorkload | None =
 
 
 def _typical_length(
-    number: np.ndarray, prompt_tokens: Int32Array, has_error: np.ndarray, workload: SharedPrefixWorkload
+    number: np.ndarray, prompt_tokens: Int32Array, has_error: np.ndarray, workload: Workload
 ) -> Int32Array:
     """Median measured length of each request's prompt, shape (n,)."""
     import pandas as pd

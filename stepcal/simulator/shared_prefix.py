@@ -23,7 +23,7 @@ _MOST_SEGMENTS = 20_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
-class SharedPrefixWorkload:
+class Workload:
     """Groups of prompts that begin with a common system prompt, sent in turns at given rates.
 
     Parameters
@@ -62,7 +62,7 @@ class SharedPrefixWorkload:
     stage_interval_s: float | None = None
 
     @classmethod
-    def read(cls, source: str | Path | Mapping[str, Any]) -> "SharedPrefixWorkload":
+    def read(cls, source: str | Path | Mapping[str, Any]) -> "Workload":
         """Read a file of inference-perf (``profile.yaml``), as `stepcal.simulator.read_workload` does."""
         from stepcal.simulator.inference_perf import read_workload
 
@@ -109,7 +109,7 @@ class SharedPrefixWorkload:
             stage_interval_s=float(self.stage_interval_s or 0.0) if drains else 0.0,
         )
 
-    def with_prompt_len(self, tokens: float) -> "SharedPrefixWorkload":
+    def with_prompt_len(self, tokens: float) -> "Workload":
         """The workload with prompts as long as they were measured; the tokeniser makes more of them than was asked for.
 
         Parameters

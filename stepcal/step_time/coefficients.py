@@ -52,7 +52,7 @@ class FittedParameter:
 
 
 @dataclass(frozen=True)
-class Coefficients:
+class StepTimeModel:
     """A fitted step-time model without its training data.
 
     Attributes
@@ -86,7 +86,7 @@ class Coefficients:
     units: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
-    def load(cls, name_or_path: str = DEFAULT) -> Coefficients:
+    def load(cls, name_or_path: str = DEFAULT) -> StepTimeModel:
         """Return a model by the name under which it ships, or from a file, as `load_coefficients` does."""
         return load_coefficients(name_or_path)
 
@@ -163,7 +163,7 @@ class Coefficients:
         theta = np.array([self._value(p.name) for p in model.parameters])
         return compile_corrections(model, theta, deployment)
 
-    def of_experiment(self, experiment_id: str) -> Coefficients:
+    def of_experiment(self, experiment_id: str) -> StepTimeModel:
         """Return the coefficients of one experiment: of a baseline that was fitted to several, its own; else the same.
 
         Raises
@@ -207,7 +207,7 @@ class Coefficients:
             raise InputError(f"{self.origin}: unknown term `{unknown[0]}`. Terms: {', '.join(AFFINE_TERMS)}.")
         return CompiledStepTime(**dict[str, Any](self.values), combine=self.combine)
 
-    def check(self) -> Coefficients:
+    def check(self) -> StepTimeModel:
         """Return these coefficients if every parameter of the variant is there, once.
 
         Raises
@@ -260,7 +260,7 @@ class Coefficients:
         return found[0]
 
 
-def load_coefficients(name_or_path: str) -> Coefficients:
+def load_coefficients(name_or_path: str) -> StepTimeModel:
     """Read coefficients by the name under which they ship, or from a file.
 
     Parameters
@@ -270,7 +270,7 @@ def load_coefficients(name_or_path: str) -> Coefficients:
 
     Returns
     -------
-    Coefficients
+    StepTimeModel
 
     Raises
     ------
@@ -296,7 +296,7 @@ def frozen_default_sha256(name: str = DEFAULT) -> str:
     return str(json.loads(path.read_text(encoding="utf-8"))[f"{name}.json"]["sha256"])
 
 
-def _frozen(name: str) -> Coefficients:
+def _frozen(name: str) -> StepTimeModel:
     path = data_folder() / "coefficients" / f"{name}.json"
     digest, frozen = hashlib.sha256(path.read_bytes()).hexdigest(), frozen_default_sha256(name)
     if digest != frozen:
@@ -307,7 +307,7 @@ def _frozen(name: str) -> Coefficients:
     return _read(path)
 
 
-def _read(path: Path) -> Coefficients:
+def _read(path: Path) -> StepTimeModel:
     form = "It is JSON with `variant` and `parameters`, a list of objects with `name` and `value`."
     try:
         content = read_json_object(path, what="coefficient file")
@@ -336,7 +336,7 @@ def _read(path: Path) -> Coefficients:
     bad = next((name for name, value in values.items() if not np.isfinite(value)), None)
     if bad is not None:
         raise InputError(f"{path}: `{bad}` is {values[bad]}; coefficients are finite numbers.")
-    found = Coefficients(variant, values, str(path), combine, units).check()
+    found = StepTimeModel(variant, values, str(path), combine, units).check()
     if variant == AFFINE and not values:
         raise InputError(f"{path} has no parameters: every step would take no time. Terms: {', '.join(AFFINE_TERMS)}.")
     return found
@@ -359,26 +359,26 @@ _BASELINE_PARAMETERS: dict[str, tuple[str, ...]] = {
 }
 
 
-def _blackbox(coefficients: Coefficients, accelerator: Accelerator) -> StepBaseline:
+def _blackbox(coefficients: StepTimeModel, accelerator: Accelerator) -> StepBaseline:
     del accelerator
     baseline = Blackbox()
     baseline.coefficients = np.array([coefficients._value(name) for name in _BASELINE_PARAMETERS["blackbox"]])
     return baseline
 
 
-def _constant(coefficients: Coefficients, accelerator: Accelerator) -> StepBaseline:
+def _constant(coefficients: StepTimeModel, accelerator: Accelerator) -> StepBaseline:
     del accelerator
     baseline = ConstantStep()
     baseline.median_us = coefficients._value("median_us")
     return baseline
 
 
-def _raw(coefficients: Coefficients, accelerator: Accelerator) -> StepBaseline:
+def _raw(coefficients: StepTimeModel, accelerator: Accelerator) -> StepBaseline:
     del coefficients
     return RawAnalytical(accelerator)
 
 
-_BASELINES: dict[str, Callable[[Coefficients, Accelerator], StepBaseline]] = {
+_BASELINES: dict[str, Callable[[StepTimeModel, Accelerator], StepBaseline]] = {
     "blackbox": _blackbox,
     "constant": _constant,
     "raw": _raw,

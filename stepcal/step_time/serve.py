@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from stepcal.simulator import Clients, RequestList, SharedPrefixWorkload, SimulationResult
+from stepcal.simulator import Clients, RequestList, SimulationResult, Workload
 from stepcal.simulator import simulate as run_engine
 from stepcal.specs.deployment import Deployment
-from stepcal.step_time.coefficients import Coefficients
+from stepcal.step_time.coefficients import StepTimeModel
 from stepcal.step_time.compile import AnyStepTime
 
 
 def simulate(
-    load: SharedPrefixWorkload | RequestList,
+    load: Workload | RequestList,
     deployment: Deployment,
-    step_time: Coefficients | AnyStepTime,
+    step_time: StepTimeModel | AnyStepTime,
     *,
     arrivals: str = "poisson",
     cv: float | None = None,
@@ -74,10 +74,10 @@ def simulate(
     """
     server = deployment.limits
     overheads = {"api_before_us": 0.0, "api_after_us": 0.0}
-    if isinstance(step_time, Coefficients):
+    if isinstance(step_time, StepTimeModel):
         overheads |= step_time.api_overheads_us()
         step_time = step_time.compile(deployment)
-    if isinstance(load, SharedPrefixWorkload):
+    if isinstance(load, Workload):
         clients = load.clients() if clients is None else clients
         timeout_s = load.timeout_s if timeout_s is None else timeout_s
         load = load.requests(arrivals, cv=cv, seed=seed)

@@ -28,7 +28,7 @@ from stepcal.reconstruction.checks import estimate_offset_us
 from stepcal.reconstruction.labelled_steps import labelled_steps
 from stepcal.reconstruction.labels import stage_starts_ns
 from stepcal.reconstruction.timeline import build_timeline, request_lives
-from stepcal.step_time.coefficients import DEFAULT, Coefficients, frozen_values, load_coefficients
+from stepcal.step_time.coefficients import DEFAULT, StepTimeModel, frozen_values, load_coefficients
 from stepcal.step_time.physical import PhysicalModel
 from stepcal.step_time.physical_parameters import STEP_PARAMETERS
 from stepcal.studies.published_runs import STUDY_OFFLOAD_GIB, load_experiments
@@ -320,7 +320,7 @@ def folder_sha256(folder: Path) -> str:
 
 
 def _transfer_error(
-    coefficients: Coefficients, experiment: Experiment, known: pd.DataFrame
+    coefficients: StepTimeModel, experiment: Experiment, known: pd.DataFrame
 ) -> tuple[dict[str, float], str]:
     """Signed error of the mean E2E (%), averaged over seeds where arrivals are generated, and what a criterion sees."""
     results: list[dict[str, Any]] = [

@@ -6,7 +6,7 @@ import pandas as pd
 
 from stepcal.datasets import experiments, load_stages
 from stepcal.experiments.experiment import CLIENT_TIMEOUT_S, Experiment
-from stepcal.simulator import LoadStage, ServerConfig, SharedPrefixWorkload
+from stepcal.simulator import LoadStage, ServerConfig, Workload
 from stepcal.specs.architecture import load_architecture
 from stepcal.specs.deployment import Deployment
 from stepcal.specs.hardware import load_accelerator
@@ -30,7 +30,7 @@ def load_experiments(requests: pd.DataFrame | None = None) -> list[Experiment]:
     for run in experiments().to_dict("records"):
         name = str(run["experiment_id"])
         own = stages[stages["experiment_id"] == name].sort_values("stage")
-        workload = SharedPrefixWorkload(
+        workload = Workload(
             n_groups=int(run["run_groups"]),
             n_prompts_per_group=int(run["run_prompts_per_group"]),
             system_prompt_len=int(run["run_system_prompt_tokens"]),

@@ -21,12 +21,12 @@ from stepcal.experiments.experiment import CLIENT_TIMEOUT_S, Experiment, run_exp
 from stepcal.experiments.folders import Case
 from stepcal.experiments.latencies import LATENCIES, WHOLE, predicted_latencies, summary_latencies
 from stepcal.locations import data_folder
-from stepcal.simulator import LoadStage, SharedPrefixWorkload
+from stepcal.simulator import LoadStage, Workload
 from stepcal.specs.architecture import ModelArchitecture
 from stepcal.specs.deployment import Deployment
 from stepcal.specs.hardware import load_accelerator
 from stepcal.specs.weight_formats import FULL_WIDTH, WeightWidths
-from stepcal.step_time.coefficients import Coefficients, load_coefficients
+from stepcal.step_time.coefficients import StepTimeModel, load_coefficients
 from stepcal.studies.evidence_physical import BOARDS, H3_COEFFICIENTS, SEEDS
 from stepcal.studies.published_runs import STUDY_OFFLOAD_GIB
 from stepcal.studies.study import Tables
@@ -88,7 +88,7 @@ def _case(row: Mapping[Hashable, Any], measured: pd.DataFrame) -> Case:
     settings = Settings(Path("data/transfer/runs.csv"), values)
     server, notes = server_of(settings, architecture, gpu, tensor_parallel=degree)
     stages = [stage.split("x") for stage in str(row["stages"]).split(";")]
-    workload = SharedPrefixWorkload(
+    workload = Workload(
         n_groups=N_GROUPS,
         n_prompts_per_group=N_PROMPTS_PER_GROUP,
         system_prompt_len=int(row["system_prompt_tokens"]),
@@ -108,13 +108,13 @@ def _case(row: Mapping[Hashable, Any], measured: pd.DataFrame) -> Case:
 
 
 def transfer_errors(
-    coefficients: Coefficients, cases: list[Case], *, seeds: range = SEEDS, **options: float
+    coefficients: StepTimeModel, cases: list[Case], *, seeds: range = SEEDS, **options: float
 ) -> pd.DataFrame:
     """Simulate runs with given coefficients, and compare the mean over the seeds with what was measured.
 
     Parameters
     ----------
-    coefficients : Coefficients
+    coefficients : StepTimeModel
     cases : list of (Experiment, DataFrame)
     seeds : range
         Of the Poisson arrivals.

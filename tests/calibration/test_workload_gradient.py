@@ -15,7 +15,7 @@ from stepcal.calibration.closed_loop import (
     workload_jacobian,
     workload_residuals,
 )
-from stepcal.simulator import CompiledStepTime, LoadStage, ServerConfig, SharedPrefixWorkload, engine, simulate
+from stepcal.simulator import CompiledStepTime, LoadStage, ServerConfig, Workload, engine, simulate
 from stepcal.step_time.physical_parameters import PARAMETERS, as_array, by_name
 from stepcal.studies.published_runs import load_experiments
 from stepcal.threads import each
@@ -103,7 +103,7 @@ def test_a_calibration_is_the_same_on_two_threads(runs, n_simulated) -> None:
 def test_two_simulations_run_side_by_side(monkeypatch) -> None:
     """While one thread simulates, another one goes on: the compiled loop does not hold Python's lock."""
     monkeypatch.setattr(engine, "_ROUNDS_PER_VISIT", 1 << 40)  # it comes back to Python once, at its end
-    workload = SharedPrefixWorkload(
+    workload = Workload(
         n_groups=10, n_prompts_per_group=10, system_prompt_len=100, question_len=466, output_len=247,
         stages=(LoadStage(10.0, 40_000.0),),
     )  # fmt: skip

@@ -24,13 +24,13 @@ from stepcal.experiments.latencies import (
     predicted_latencies,
     summary_latencies,
 )
-from stepcal.simulator import CompiledStepTime, LoadStage, ServerConfig, SharedPrefixWorkload
+from stepcal.simulator import CompiledStepTime, LoadStage, ServerConfig, Workload
 from stepcal.specs.architecture import load_architecture
 from stepcal.specs.deployment import Deployment
 from stepcal.specs.hardware import load_accelerator
 from stepcal.studies.published_runs import load_experiments
 
-WORKLOAD = SharedPrefixWorkload(
+WORKLOAD = Workload(
     n_groups=2,
     n_prompts_per_group=3,
     system_prompt_len=20,

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stepcal.simulator import CompiledStepTime, LoadStage, ServerConfig, SharedPrefixWorkload, StepBatch, simulate
+from stepcal.simulator import CompiledStepTime, LoadStage, ServerConfig, StepBatch, Workload, simulate
 from stepcal.simulator.offload import REFRESH_CALLS
 from stepcal.specs.kv_offloading import rejected_requests
 
@@ -21,7 +21,7 @@ TIMES = ("first_scheduled_us", "first_token_us", "finish_us")
 
 
 def some_requests(rate: float = 30.0, seed: int = 0):
-    workload = SharedPrefixWorkload(
+    workload = Workload(
         n_groups=3,
         n_prompts_per_group=5,
         system_prompt_len=100,

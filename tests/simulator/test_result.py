@@ -10,14 +10,14 @@ from stepcal.simulator import (
     CompiledStepTime,
     LoadStage,
     ServerConfig,
-    SharedPrefixWorkload,
     SimulationInterrupted,
     SimulationResult,
+    Workload,
     make_requests,
     simulate,
 )
 
-WORKLOAD = SharedPrefixWorkload(
+WORKLOAD = Workload(
     n_groups=2,
     n_prompts_per_group=3,
     system_prompt_len=50,

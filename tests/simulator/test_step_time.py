@@ -10,8 +10,8 @@ from stepcal.simulator import (
     LoadStage,
     RequestList,
     ServerConfig,
-    SharedPrefixWorkload,
     StepBatch,
+    Workload,
     simulate,
 )
 from stepcal.simulator.clock import N_GAP_BINS, elapsed, gap_bin, gap_bin_centres, steps_until
@@ -21,7 +21,7 @@ TIMES = ("first_scheduled_us", "first_token_us", "finish_us")
 
 
 def some_requests(rate: float = 12.0, seed: int = 0) -> RequestList:
-    workload = SharedPrefixWorkload(
+    workload = Workload(
         n_groups=3,
         n_prompts_per_group=5,
         system_prompt_len=100,

@@ -12,7 +12,7 @@ from stepcal.simulator import (
     CompiledStepTime,
     LoadStage,
     ServerConfig,
-    SharedPrefixWorkload,
+    Workload,
     empirical_lengths,
     fixed_lengths,
     generate_arrivals,
@@ -144,7 +144,7 @@ def test_a_profile_is_read(tmp_path: Path) -> None:
     path = tmp_path / "profile.yaml"
     path.write_text(yaml.safe_dump(PROFILE))
     workload = read_workload(path)
-    assert workload == SharedPrefixWorkload(
+    assert workload == Workload(
         n_groups=11,
         n_prompts_per_group=4,
         system_prompt_len=100,
@@ -411,7 +411,7 @@ def test_a_closed_loop_is_a_stage_of_fixed_concurrency() -> None:
 
 
 def test_the_questions_of_a_chat_carry_the_conversation_so_far() -> None:
-    workload = SharedPrefixWorkload(
+    workload = Workload(
         n_groups=2, n_prompts_per_group=2, system_prompt_len=16, question_len=32, output_len=48,
         stages=(LoadStage(1.0, 12.0),), multi_turn_chat=True,
     )  # fmt: skip

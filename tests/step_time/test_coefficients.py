@@ -16,7 +16,7 @@ from stepcal.simulator import CompiledStepTime, ServerConfig, StepBatch
 from stepcal.specs.architecture import load_architecture
 from stepcal.specs.deployment import Deployment
 from stepcal.specs.hardware import load_accelerator
-from stepcal.step_time.coefficients import AFFINE_TERMS, SHIPPED_VARIANTS, Coefficients, load_coefficients
+from stepcal.step_time.coefficients import AFFINE_TERMS, SHIPPED_VARIANTS, StepTimeModel, load_coefficients
 from stepcal.step_time.compile import AnyStepTime, compile_baseline, compile_corrections
 from stepcal.step_time.corrections import Global9
 from stepcal.studies.records import read_recorded
@@ -37,7 +37,7 @@ def asked_us(clock: AnyStepTime) -> list[float]:
     return found
 
 
-def clock_of(coefficients: Coefficients) -> AnyStepTime:
+def clock_of(coefficients: StepTimeModel) -> AnyStepTime:
     return coefficients.compile(SERVED)
 
 

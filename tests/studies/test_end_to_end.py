@@ -13,7 +13,7 @@ from stepcal.evaluation.evaluate import evaluate
 from stepcal.experiments.experiment import Experiment
 from stepcal.experiments.latencies import latency_table, measured_latencies
 from stepcal.simulator import LoadStage
-from stepcal.step_time.coefficients import Coefficients, load_coefficients
+from stepcal.step_time.coefficients import StepTimeModel, load_coefficients
 from stepcal.studies.end_to_end import POOLED_VARIANTS, e2e_evidence
 from stepcal.studies.evidence import NO_FEATURES
 from stepcal.studies.published_runs import load_experiments
@@ -104,7 +104,7 @@ def test_the_same_seed_gives_the_same_answer(cases, of_model36) -> None:
 def test_a_perfect_model_has_no_error_and_counts(cases) -> None:
     """Evaluated against its own simulation, a model is right; half as long a pace is far off."""
     experiment = cases[0][0]
-    pace = Coefficients("affine", {"constant_us": 10_000.0}, "mine")
+    pace = StepTimeModel("affine", {"constant_us": 10_000.0}, "mine")
     seen = evaluate(pace, [(experiment, cases[0][1])], process="poisson")["per_experiment"][0]["predicted"]
     known = pd.DataFrame(
         [("whole", m, "mean", seen[f"{m}_ms"]["mean"]) for m in ("e2e", "ttft", "tpot")]
@@ -131,7 +131,7 @@ def test_a_perfect_model_has_no_error_and_counts(cases) -> None:
 def test_a_run_in_which_nothing_completed_is_not_evaluable(cases) -> None:
     nothing = np.full(4, np.nan)
     known = latency_table(nothing, nothing, 8, np.zeros(4, int))
-    pace = Coefficients("affine", {"constant_us": 10_000.0}, "mine")
+    pace = StepTimeModel("affine", {"constant_us": 10_000.0}, "mine")
     result = evaluate(pace, [(cases[0][0], known)], process="poisson")
     (row,) = result["per_experiment"]
     assert [row[key] for key in ERRORS] == [None, None, None]
