@@ -8,32 +8,38 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from stepcal.errors import InputError, NotModelledError
+from stepcal.documents import read_yaml
+from stepcal.errors import InputError, NotModelledError, shown
+from stepcal.experiments.vllm_flags import flags_of, human_number
 from stepcal.simulator import ServerConfig
-from stepcal.simulator.config import NOT_MODELLED
+from stepcal.simulator.config import NOT_MODELLED, check_block_size
 from stepcal.simulator.versions import OLDEST, VllmRelease, release_of, version_note
 from stepcal.specs.architecture import ModelArchitecture
 from stepcal.specs.hardware import Accelerator, load_accelerator
 from stepcal.specs.kv_offloading import offload_blocks
 from stepcal.specs.step_work import kv_bytes_per_token
+from stepcal.specs.weight_formats import online_widths
 from stepcal.units import BYTES_PER_GIB
 
 DEFAULT_ACCELERATOR = "h100-sxm"
 CONFIG_NAMES = ("exp-config.yaml", "exp-config.yml")
-SECTIONS = ("server", "vllm", "engine", "vllm_config", "engine_args")
-"""Mappings inside the file whose settings count as if they stood outside."""
 MODEL_KEYS = ("model", "model_name")
 GPU_KEYS = ("gpu", "accelerator", "gpu_name", "gpu_type", "hardware")
 TENSOR_PARALLEL_KEYS = ("tensor_parallelism", "tensor_parallel", "tensor_parallel_size", "tp")
 KV_BLOCK_KEYS = ("kv_blocks_total_gpu", "num_gpu_blocks", "kv_blocks", "kv_blocks_total", "num_gpu_blocks_override")
 SWITCHES = ("enable_prefix_caching", "async_scheduling")
 VERSION_KEY = "vllm_version"
+KV_BYTES_KEY = "kv_cache_memory_bytes"
+DTYPES = ("auto", "half", "float16", "bfloat16", "fp16", "bf16")
+QUANTISATIONS = {
+    "awq": ("int4",), "awq_marlin": ("int4",), "gptq": ("int4", "int8"), "gptq_marlin": ("int4", "int8"), "fp8": ("fp8",),
+    "modelopt": ("fp8",), "modelopt_fp4": ("fp4",), "mxfp4": ("fp4",), "bitsandbytes": ("int4", "int8"),
+}  # fmt: skip
+"""Widths that a checkpoint can have for each of vLLM's methods."""
 OFFLOAD_KEY = "kv_offloading_size"
 KV_TYPES = ("auto", "bfloat16", "float16", "bf16", "fp16", "half")
 """KV caches of two bytes an element, the only ones that are modelled."""
@@ -70,11 +76,14 @@ class Settings:
     ----------
     path : Path
     values : dict
-        Names with underscores; settings of the `SECTIONS` stand beside the others.
+        By vLLM's names (`stepcal.experiments.vllm_flags`).
+    notes : tuple of str
+        On settings that may matter and do not act.
     """
 
     path: Path
     values: dict[str, Any]
+    notes: tuple[str, ...] = ()
 
     @property
     def run(self) -> str:
@@ -91,7 +100,7 @@ class Settings:
         """
         given = [(name, self.values[name]) for name in names if self.values.get(name) is not None]
         if any(value != given[0][1] for _, value in given):
-            both = " and ".join(f"`{name}: {value}`" for name, value in given)
+            both = " and ".join(f"`{name}: {shown(value)}`" for name, value in given)
             raise InputError(f"{self.path} has {both}, which are names for one setting. Keep the one that holds.")
         return given[0] if given else None
 
@@ -106,13 +115,13 @@ class Settings:
         found = self.find(names)
         if found is None:
             return None
-        name, value = found
+        name, value = found[0], human_number(found[1])
         try:
             number = int(value)
         except (TypeError, ValueError, OverflowError):
             number = None
         if number is None or number != value or isinstance(value, bool):
-            raise InputError(f"{self.path}: `{name}` is {value!r}; it must be a whole number.")
+            raise InputError(f"{self.path}: `{name}` is {shown(value)}; it must be a whole number.")
         return number
 
 
@@ -125,29 +134,8 @@ def read_settings(run: Path) -> Settings:
         If it is absent, no YAML, or no mapping.
     """
     path = next((run / name for name in CONFIG_NAMES if (run / name).is_file()), run / CONFIG_NAMES[0])
-    content = read_yaml(path)
-    values: dict[str, Any] = {}
-    for part in (*(content.get(name) for name in SECTIONS), content):
-        if isinstance(part, dict):
-            values |= {str(key).lstrip("-").replace("-", "_"): value for key, value in part.items()}
-    return Settings(path, values)
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """Read a YAML file that holds a mapping.
-
-    Raises
-    ------
-    InputError
-        If it is absent, no YAML, or no mapping.
-    """
-    try:
-        parsed = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"{path} cannot be read as YAML: {error}") from None
-    if not isinstance(parsed, dict):
-        raise InputError(f"{path} holds a {type(parsed).__name__}; a mapping of settings was expected.")
-    return parsed
+    values, notes = flags_of(read_yaml(path, what="file of settings"), path)
+    return Settings(path, values, tuple(notes))
 
 
 def accelerator_of(settings: Settings, default: str | None) -> tuple[Accelerator, list[str]]:
@@ -233,7 +221,7 @@ def server_of(
     release = release_of(version)
     limits, notes = _limits(settings, architecture, accelerator, release)
     block_size = settings.whole("block_size")
-    limits |= {} if block_size is None else {"block_size": block_size}
+    limits |= {} if block_size is None else {"block_size": check_block_size(block_size)}
     offload, more = _offload_blocks(settings, architecture, block_size, kv_offloading_gib)
     notes += more
     arguments = (n for n in (*SWITCHES, *NOT_MODELLED) if n != OFFLOAD_KEY)
@@ -249,6 +237,9 @@ def server_of(
         )
     given = settings.whole(*KV_BLOCK_KEYS)
     blocks = kv_blocks if given is None else given
+    if blocks is None and settings.values.get(KV_BYTES_KEY) is not None:
+        blocks, note = _blocks_in(settings, architecture, tensor_parallel, block_size or ServerConfig.block_size)
+        notes.append(note)
     if blocks is None:
         size = ServerConfig.block_size if block_size is None else block_size
         share = settings.values.get("gpu_memory_utilization", release.gpu_memory_utilization)
@@ -257,6 +248,63 @@ def server_of(
     limits |= {"offload_blocks": offload}
     server = {"kv_blocks": blocks, **limits, **others, "vllm_version": version}
     return ServerConfig.from_vllm_arguments(server), notes + of_version
+
+
+def _blocks_in(
+    settings: Settings, architecture: ModelArchitecture, tensor_parallel: int, block_size: int
+) -> tuple[int, str]:
+    """KV blocks that fit into the memory of `kv_cache_memory_bytes`, which vLLM takes for each GPU, and a note."""
+    size = settings.whole(KV_BYTES_KEY) or 0
+    blocks = int(size // (block_size * kv_bytes_per_token(architecture, tensor_parallel=tensor_parallel)))
+    if blocks < 2:
+        raise InputError(
+            f"{settings.path}: `{KV_BYTES_KEY}` is {size:,}, which holds no two KV blocks of {architecture.name}."
+        )
+    return blocks, f"{blocks:,} KV blocks fit into `{KV_BYTES_KEY}: {size:,}` of each GPU."
+
+
+def served_architecture(settings: Settings, architecture: ModelArchitecture) -> tuple[ModelArchitecture, list[str]]:
+    """Return the model as the server runs it (`quantization`, `dtype`), and notes.
+
+    Raises
+    ------
+    NotModelledError
+        If it runs in 32 bits, or is quantised while it loads in a way that stepcal does not know.
+    InputError
+        If `quantization` contradicts the checkpoint, or `max_model_len` exceeds what the model can.
+    """
+    dtype = str(settings.values.get("dtype") or "auto").removeprefix("torch.").lower()
+    if dtype not in DTYPES:
+        raise NotModelledError(
+            f"`dtype: {dtype[:40]}` asks for what is not modelled: models that run in other than 16 bits. It models "
+            f"{', '.join(DTYPES)}."
+        )
+    longest = settings.whole("max_model_len")
+    if longest is not None and architecture.positions_are_stated and longest > architecture.max_position_embeddings:
+        raise InputError(
+            f"{settings.path}: `max_model_len` is {longest:,}, above the {architecture.max_position_embeddings:,} positions "
+            f"of `{architecture.name}` (config.json), and vLLM refuses it."
+        )
+    method = str(settings.values.get("quantization") or "").lower()
+    if not method or method == "none":
+        return architecture, []
+    is_quantised = architecture.weight_dtype not in ("float16", "bfloat16")
+    if is_quantised:
+        expected = QUANTISATIONS.get(method)
+        if expected is not None and architecture.weight_dtype not in expected:
+            raise InputError(
+                f"{settings.path}: `quantization: {method[:40]}` does not fit the checkpoint of `{architecture.name}`, "
+                f"whose weights are {architecture.weight_dtype} (config.json)."
+            )
+        return architecture, []
+    online = online_widths(method)
+    if online is None:
+        raise NotModelledError(
+            f"`quantization: {method[:40]}` needs a checkpoint that says so, and that of `{architecture.name}` does not "
+            "(`quantization_config` in config.json). Put the config.json of the quantised model into the run's folder."
+        )
+    narrow = replace(architecture, weight_dtype=online[0], weight_widths=online[1])
+    return narrow, [f"`quantization: {method}`: the weights of the layers are taken to be {online[0]} from loading on."]
 
 
 def _version(settings: Settings) -> tuple[str, list[str]]:

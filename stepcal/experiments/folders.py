@@ -18,6 +18,7 @@ from stepcal.datasets import experiments as experiments_table
 from stepcal.datasets import read_lifecycle_per_request, read_lifecycle_summary, read_requests_parquet
 from stepcal.datasets.facts import OVERLOADED_BELOW_SHARE
 from stepcal.datasets.lifecycle import WHOLE_RUN
+from stepcal.documents import read_yaml
 from stepcal.errors import InputError, NotModelledError
 from stepcal.experiments.engine_args import (
     CONFIG_NAMES,
@@ -26,7 +27,7 @@ from stepcal.experiments.engine_args import (
     Settings,
     accelerator_of,
     read_settings,
-    read_yaml,
+    served_architecture,
     server_of,
     tensor_parallel_of,
 )
@@ -206,8 +207,9 @@ def _read_run(
     workload = _workload(source)
     gpu, notes = accelerator_of(settings, accelerator)
     degree, more = tensor_parallel_of(settings)
-    architecture = _architecture(run, settings)
+    architecture, as_served = served_architecture(settings, _architecture(run, settings))
     architecture.check_tensor_parallel(degree)
+    notes = [*settings.notes, *architecture.notes, *as_served, *notes]
     if kv_offloading_gib is None:
         kv_offloading_gib = _listed_offloading_gib(_name(run))
     kv_blocks = None if settings.find(KV_BLOCK_KEYS) else _listed_kv_blocks(run, folder)
@@ -244,7 +246,7 @@ def _listed_offloading_gib(name: str) -> float | None:
 
 
 def _workload(source: Path) -> Workload:
-    document = read_yaml(source)
+    document = read_yaml(source, what="workload of inference-perf")
     try:
         workload = read_workload(document)
     except InputError as error:

@@ -13,6 +13,7 @@ from stepcal.experiments.engine_args import (
     Settings,
     accelerator_of,
     read_settings,
+    served_architecture,
     server_of,
     tensor_parallel_of,
 )
@@ -58,12 +59,15 @@ def deployment_from(options: Mapping[str, Any], folder: Path | None = None) -> S
         )
     gpu = given.get("accelerator")
     about = {k: v for k, v in values.items() if k not in ("architecture", "accelerator")}
-    settings = Settings(Path("the options") if file is None else file.path, about)
-    architecture = resolve_architecture(str(model), max_model_len=settings.whole("max_model_len"))
+    path, of_file = (Path("the options"), ()) if file is None else (file.path, file.notes)
+    settings = Settings(path, about, of_file)
+    read = resolve_architecture(str(model), max_model_len=settings.whole("max_model_len"))
+    architecture, as_served = served_architecture(settings, read)
     accelerator, notes = accelerator_of(settings, None if gpu is None else str(gpu))
     degree, more = tensor_parallel_of(settings)
     server, assumed = server_of(settings, architecture, accelerator, tensor_parallel=degree)
-    return Served(Deployment(architecture, accelerator, degree, server), (*notes, *more, *assumed))
+    about_it = (*architecture.notes, *settings.notes, *as_served, *notes, *more, *assumed)
+    return Served(Deployment(architecture, accelerator, degree, server), about_it)
 
 
 def _config(folder: Path | None) -> Settings | None:

@@ -60,6 +60,8 @@ class ModelArchitecture:
     other_parameters : int, optional
         Weights outside the matrices: norms, biases, position tables and gates. By default those of a Llama: two norms a
         layer and one at the end, and the biases that `attention_bias` stands for.
+    positions_are_stated : bool
+        Whether the file says `max_position_embeddings`; without, it is vLLM's default and no bound.
     notes : tuple of str
         What of the checkpoint was left out.
 
@@ -91,6 +93,7 @@ class ModelArchitecture:
     weight_dtype: str = "bfloat16"
     weight_widths: WeightWidths | None = None
     other_parameters: int | None = None
+    positions_are_stated: bool = True
     notes: tuple[str, ...] = ()
 
     @classmethod

@@ -84,6 +84,7 @@ def read_fields(config: Mapping[str, Any], origin: str, max_model_len: int | Non
         "max_position_embeddings": _context_limit(kind, values, type_name),
         **_mlp(kind, values, hidden, layers),
     }
+    fields["positions_are_stated"] = values.optional_whole(*kind.positions, most=MOST_VOCABULARY) is not None
     fields["other_parameters"] = _other_parameters(kind, values, fields)
     _refuse_short_window(kind, values, layers, max_model_len or fields["max_position_embeddings"])
     _check_allowed(kind, values)

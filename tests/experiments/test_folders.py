@@ -142,7 +142,7 @@ def test_bad_settings_are_named(server: dict, message: str, tmp_path) -> None:
         ({"results/summary_lifecycle_metrics.json": "{"}, r"summary_lifecycle_metrics\.json, line 1: not JSON"),
         ({"results/summary_lifecycle_metrics.json": {"successes": {}}}, "lacks `successes.count`"),
         ({"exp-config.yaml": "a: [1"}, r"exp-config\.yaml cannot be read as YAML"),
-        ({"exp-config.yaml": "- a\n- b\n"}, r"exp-config\.yaml holds a list; a mapping"),
+        ({"exp-config.yaml": "- a\n- b\n"}, r"exp-config\.yaml holds a list; a file of settings is a mapping"),
         ({"profile.yaml": "just words"}, r"profile\.yaml holds a str"),
         ({"profile.yaml": {**PROFILE, "lora": {"a": 1}}}, "Unknown workload field `lora`"),
         ({"config.json": "{"}, r"config\.json, line 1: not JSON"),
