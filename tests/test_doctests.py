@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import pkgutil
+import re
 from importlib import import_module
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from run_folders import PROFILE, summary, write_run
 from simulated_requests import measured_table
 
 import stepcal
+from stepcal.locations import book_folder
 from stepcal.step_time.coefficients import load_coefficients
 from stepcal.units import MS_PER_S
 
@@ -57,3 +59,17 @@ def test_each_public_name_has_an_example_that_uses_it(name):
     value = getattr(stepcal, name)
     tests = doctest.DocTestFinder(recurse=False).find(value, name)
     assert any(f"stepcal.{name}" in example.source for test in tests for example in test.examples)
+
+
+def test_the_code_of_the_book_page_runs(folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    page = (book_folder() / "api.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    exec(compile(code, "api.md", "exec"), {})
+    assert capsys.readouterr().out.startswith("physical model, 1 experiment")
+
+
+def test_the_book_page_shows_the_public_names():
+    page = (book_folder() / "api.md").read_text(encoding="utf-8")
+    shown = set(re.findall(r"\.\. auto(?:class|function):: (\w+)\n", page))
+    assert shown == set(stepcal.__all__)
