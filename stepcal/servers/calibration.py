@@ -16,13 +16,13 @@ from scipy.optimize import least_squares
 from threadpoolctl import threadpool_limits
 
 from stepcal.errors import InputError
-from stepcal.servers.log import ServedLog
+from stepcal.servers.log import WHOLE, ServedLog
 from stepcal.servers.posterior import Belief, draw
 from stepcal.servers.replay import replayed_latencies_s, with_values
 from stepcal.step_time.coefficients import StepTimeModel
 from stepcal.step_time.physical_parameters import LearnedParameter
 from stepcal.threads import each
-from stepcal.units import BoolArray, FloatArray, IntArray
+from stepcal.units import MS_PER_S, BoolArray, FloatArray, IntArray
 
 TRAIN_SHARE, VALIDATION_SHARE = 0.6, 0.2
 """Temporal split of each run, as the study's: fitted, looked at while choosing, judged."""
@@ -32,6 +32,8 @@ SMALLEST_BLOCK = 8
 """Requests below which a block says nothing."""
 MODEL_LOG_SD = {"tpot": 0.01, "ttft": 0.05}
 """Error that the model is expected to keep on a block's mean, as in `stepcal.calibration.closed_loop`."""
+ARRIVALS_LOG_SD = 0.01
+"""What other Poisson arrivals change of a stage's mean, for logs whose own arrivals are not known."""
 QUEUED_TTFT_STEPS = 20.0
 """From this many steps on the first token waits for a queue, where 1% of step time is far more than 1% of the wait."""
 QUEUED_LOG_SD = {"tpot": 0.02, "ttft": 0.3}
@@ -126,12 +128,30 @@ def blocks_of(logs: Sequence[ServedLog], masks: Sequence[BoolArray], n_blocks: i
     result = []
     for i, (log, mask) in enumerate(zip(logs, masks, strict=True)):
         if log.e2e_s is None or log.ttft_s is None:
+            result += _summary_blocks(i, log, mask)
             continue
         done = mask & ~np.isnan(log.e2e_s)
         for stage in np.unique(log.stage):
             rows = np.flatnonzero(done & (log.stage == stage))
             parts = np.array_split(rows, min(n_blocks, max(len(rows) // SMALLEST_BLOCK, 1)))
             result += [_block(i, log, chosen) for chosen in parts if len(chosen) >= SMALLEST_BLOCK]
+    return result
+
+
+def _summary_blocks(i: int, log: ServedLog, mask: BoolArray) -> list[Block]:
+    """A block a stage whose requests are all chosen, from the summaries of a log without single requests."""
+    known = log.summaries[log.summaries["statistic"] == "mean"].set_index(["split", "metric"])["value"]
+    stages = np.unique(log.stage)
+    result = []
+    for stage in stages:
+        rows = np.flatnonzero(log.stage == stage)
+        split = f"stage {stage}" if len(stages) > 1 else WHOLE
+        if not mask[rows].all() or (split, "tpot") not in known.index:
+            continue
+        names = [name for name in MODEL_LOG_SD if (split, name) in known.index]
+        means = {name: float(known[split, name]) / MS_PER_S for name in names}
+        sds = {name: float(np.hypot(MODEL_LOG_SD[name], ARRIVALS_LOG_SD)) for name in names}
+        result.append(Block(i, rows, means, sds))
     return result
 
 
