@@ -21,6 +21,7 @@ from stepcal.cli.own_server import calibrate, check, demo
 from stepcal.cli.planning import compare, plan, predict
 from stepcal.cli.report import report
 from stepcal.cli.simulate_command import simulate
+from stepcal.cli.upkeep import design, drift
 from stepcal.errors import InputError, shown
 from stepcal.files import refuse_unwritable
 
@@ -325,6 +326,8 @@ app.command()(reports_errors(report))
 app.command()(reports_errors(cache))
 app.command()(reports_errors(check))
 app.command()(reports_errors(calibrate))
+app.command()(reports_errors(design))
+app.command()(reports_errors(drift))
 app.command()(reports_errors(predict))
 app.command()(reports_errors(compare))
 app.command()(reports_errors(plan))

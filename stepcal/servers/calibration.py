@@ -19,6 +19,7 @@ from stepcal.errors import InputError
 from stepcal.servers.log import WHOLE, ServedLog
 from stepcal.servers.posterior import Belief, draw
 from stepcal.servers.replay import replayed_latencies_s, with_values
+from stepcal.specs.deployment import Deployment
 from stepcal.step_time.coefficients import StepTimeModel
 from stepcal.step_time.physical_parameters import LearnedParameter
 from stepcal.threads import each
@@ -244,7 +245,9 @@ def calibrate_server(
             f"No block of {SMALLEST_BLOCK} completed requests in the training part: there is nothing to learn from. Give a "
             "longer run."
         )
-    relevant = _that_act(logs, prior, parameters)
+    relevant = parameters_that_act(
+        [log.deployment for log in logs], prior, parameters, has_api=any(not log.is_engine_side for log in logs)
+    )
     start = np.log([prior.values[p.name] for p in relevant])
     spread = np.array([p.prior_log_sd for p in relevant])
     names = [p.name for p in relevant]
@@ -277,18 +280,31 @@ def calibrate_server(
     )
 
 
-def _that_act(
-    logs: Sequence[ServedLog], prior: StepTimeModel, parameters: Sequence[LearnedParameter]
+def parameters_that_act(
+    deployments: Sequence[Deployment],
+    prior: StepTimeModel,
+    parameters: Sequence[LearnedParameter],
+    *,
+    has_api: bool = True,
 ) -> list[LearnedParameter]:
-    """Parameters that change anything on these servers: no collectives without ranks, no mixtures in a dense model."""
-    compiled = [prior.compile(log.deployment) for log in logs]
+    """Return the parameters that change anything: no collectives without ranks, no mixtures in a dense model.
+
+    Parameters
+    ----------
+    deployments : sequence of Deployment
+    prior : StepTimeModel
+    parameters : sequence of LearnedParameter
+    has_api : bool
+        Whether latencies hold the API server's time.
+    """
+    compiled = [prior.compile(deployment) for deployment in deployments]
     result = []
     for p in parameters:
         if p.name not in prior.values:
             continue
         moved = with_values(prior, {p.name: prior.values[p.name] * (1 + SMALL_CHANGE)})
-        overheads = moved.api_overheads_us() != prior.api_overheads_us() and any(not log.is_engine_side for log in logs)
-        same = all(_same(moved.compile(log.deployment), c) for log, c in zip(logs, compiled, strict=True))
+        overheads = has_api and moved.api_overheads_us() != prior.api_overheads_us()
+        same = all(_same(moved.compile(d), c) for d, c in zip(deployments, compiled, strict=True))
         if overheads or not same:
             result.append(p)
     return result

@@ -8,8 +8,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from stepcal.exchange.convert import read_any
 from stepcal.exchange.stepml import StepmlFile
+from stepcal.servers.capacity import NORMAL_95
 from stepcal.servers.judgement import Judgement
 from stepcal.servers.log import ServedLog
 from stepcal.servers.validity import Validity
@@ -101,3 +104,16 @@ def calibrated_file(
         "provenance": {"runs_sha256": dict(hashes), "prior": prior, "stepcal": version("stepcal")},
     }
     return StepmlFile(fitted.coefficients.variant, tuple(parameters), about)
+
+
+def known_spreads(name_or_path: str) -> dict[str, float]:
+    """Return the spread of the logarithm of each parameter that a calibrated file has an interval of; empty for others."""
+    file = read_any(name_or_path)
+    found: dict[str, float] = {}
+    if "errors" not in file.about:
+        return found
+    for p in file.parameters:
+        low, high = p.get("low"), p.get("high")
+        if low and high and 0 < low < high:
+            found[str(p["name"])] = float(np.log(high / low) / (2 * NORMAL_95))
+    return found
