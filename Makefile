@@ -23,7 +23,7 @@ export OPENBLAS_NUM_THREADS := 1
 export OMP_NUM_THREADS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup report test lab data record lock clean
+.PHONY: help setup report test lab hooks data record lock clean
 
 help: ## show this list
 	@echo "stepcal: how long does one step of an LLM server take?"
@@ -55,6 +55,9 @@ test: $(INSTALLED) ## lint, formatting, types, import order, then the tests (mor
 
 lab: $(INSTALLED) ## open the book's notebooks in JupyterLab
 	$(BIN)/jupyter lab book
+
+hooks: $(INSTALLED) ## check each commit with the tools of make test (pre-commit)
+	$(BIN)/pre-commit install
 
 data: $(INSTALLED) ## rewrite the tables in data/ from the public files in STEPCAL_DATA
 	@test -n "$(STEPCAL_DATA)" || { echo "make data reads the public files: set STEPCAL_DATA to their folder." >&2; exit 2; }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import importlib.util
 import os
@@ -17,7 +18,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parent.parent
-TARGETS = ("setup", "report", "test", "lab", "data", "record", "lock", "clean", "help")
+TARGETS = ("setup", "report", "test", "lab", "hooks", "data", "record", "lock", "clean", "help")
 MATHJAX_3_2_2_SHA256 = "a4354ff94fd868aea0cc6eaaa79a57fda0588646fc46ee3700a349ee0a11cbe6"
 
 
@@ -89,7 +90,9 @@ class TestMetadata:
     def test_one_version_everywhere(self, project):
         version = project["project"]["version"]
         assert yaml.safe_load(_read("CITATION.cff"))["version"] == version
-        assert f"## [{version}]" in _read("CHANGELOG.md")
+        released = re.search(rf"^## \[{re.escape(version)}\] - (\S+)$", _read("CHANGELOG.md"), flags=re.MULTILINE)
+        assert released is not None
+        assert datetime.date.fromisoformat(released[1]) == yaml.safe_load(_read("CITATION.cff"))["date-released"]
 
     def test_citation_has_what_the_format_requires(self):
         citation = yaml.safe_load(_read("CITATION.cff"))

@@ -33,8 +33,10 @@ def report(
     new one is complete.
     """
     from stepcal.report.build import build_report
+    from stepcal.report.extra import refuse_without_extra
     from stepcal.report.parameters import parse_setting
 
+    refuse_without_extra()
     settings = dict(parse_setting(text) for text in setting or [])
     page = build_report(output, source=source, data=data, jobs=jobs, only=only, settings=settings, pdf=pdf)
     typer.echo(str(page))
