@@ -63,6 +63,9 @@ data: $(INSTALLED) ## rewrite the tables in data/ from the public files in STEPC
 	@test -n "$(STEPCAL_DATA)" || { echo "make data reads the public files: set STEPCAL_DATA to their folder." >&2; exit 2; }
 	$(BIN)/python -m stepcal.datasets.build --public "$(STEPCAL_DATA)" --out data
 
+kernels: $(INSTALLED) ## fit data/hardware/kernels.csv anew to the pinned wheel of kernel tables (82 MB, fetched)
+	$(BIN)/python -m stepcal.kernels.build
+
 record: $(INSTALLED) ## recompute data/recorded/, the results that need the traces
 	$(BIN)/stepcal record
 

@@ -20,8 +20,9 @@ from stepcal.datasets.splits import STUDY_FRACTIONS
 from stepcal.errors import InputError
 from stepcal.experiments.experiment import Experiment
 from stepcal.simulator import CompiledStepTime, RequestList, simulate
-from stepcal.step_time.physical import PhysicalFeatures, PhysicalModel, compile_physical
-from stepcal.step_time.physical_parameters import API_PARAMETERS, PARAMETERS, LearnedParameter, as_array, by_name
+from stepcal.step_time.learned import PHYSICAL, LearnedModel
+from stepcal.step_time.physical import PhysicalFeatures, PhysicalModel
+from stepcal.step_time.physical_parameters import PARAMETERS, LearnedParameter, as_array, by_name
 from stepcal.threads import each
 from stepcal.units import US_PER_S, BoolArray, FloatArray
 
@@ -126,9 +127,11 @@ def _prepare(experiment: Experiment) -> Run:
     return Run(experiment, requests, tuple(targets))
 
 
-def run_latencies_s(run: Run, values: Mapping[str, float]) -> tuple[FloatArray, FloatArray]:
+def run_latencies_s(
+    run: Run, values: Mapping[str, float], model: LearnedModel = PHYSICAL
+) -> tuple[FloatArray, FloatArray]:
     """Simulate a run; return each request's E2E latency and TTFT in seconds, NaN where it did not complete."""
-    return _latencies_s(run, compile_physical(values, run.experiment.deployment), values)
+    return _latencies_s(run, model.compile(values, run.experiment.deployment), values)
 
 
 def _latencies_s(run: Run, step_time: CompiledStepTime, values: Mapping[str, float]) -> tuple[FloatArray, FloatArray]:
@@ -159,7 +162,7 @@ def stage_means(run: Run, target: Target, e2e: FloatArray, ttft: FloatArray) -> 
 
 
 def workload_residuals(
-    runs: Sequence[Run], values: Mapping[str, float], *, workers: int = 1
+    runs: Sequence[Run], values: Mapping[str, float], *, model: LearnedModel = PHYSICAL, workers: int = 1
 ) -> tuple[FloatArray, list[str]]:
     """Whitened log errors of every stage mean, and the experiment of each.
 
@@ -168,6 +171,7 @@ def workload_residuals(
     runs : sequence of Run
     values : mapping of str to float
         Parameters by name.
+    model : LearnedModel
     workers : int
         Threads that simulate; their number changes no bit of the result.
 
@@ -176,7 +180,7 @@ def workload_residuals(
     residuals : ndarray, shape (n_residuals,)
     labels : list of str
     """
-    parts = each(lambda run: _run_residuals(run, *run_latencies_s(run, values)), runs, workers=workers)
+    parts = each(lambda run: _run_residuals(run, *run_latencies_s(run, values, model)), runs, workers=workers)
     labels = [run.experiment.experiment_id for run, own in zip(runs, parts, strict=True) for _ in own]
     return np.concatenate([np.zeros(0), *parts]), labels
 
@@ -194,7 +198,12 @@ def _run_residuals(run: Run, e2e: FloatArray, ttft: FloatArray) -> FloatArray:
 
 
 def workload_jacobian(
-    runs: Sequence[Run], log_theta: FloatArray, *, residuals: FloatArray | None = None, workers: int = 1
+    runs: Sequence[Run],
+    log_theta: FloatArray,
+    *,
+    residuals: FloatArray | None = None,
+    model: LearnedModel = PHYSICAL,
+    workers: int = 1,
 ) -> FloatArray:
     """Forward differences of `workload_residuals` by ``log(theta)``; the step is wide enough for what a simulation jitters.
 
@@ -205,9 +214,10 @@ def workload_jacobian(
     ----------
     runs : sequence of Run
     log_theta : ndarray, shape (n_parameters,)
-        Logarithms of the numbers, in the order of `PARAMETERS`.
+        Logarithms of the numbers, in the order of the model's parameters.
     residuals : ndarray, shape (n_residuals,), optional
         Those at the same place, where they are known already.
+    model : LearnedModel
     workers : int
         Threads that simulate; their number changes no bit of the result.
 
@@ -215,17 +225,17 @@ def workload_jacobian(
     -------
     ndarray, shape (n_residuals, n_parameters)
     """
-    values = by_name(np.exp(log_theta))
-    base = workload_residuals(runs, values, workers=workers)[0] if residuals is None else residuals
+    values = by_name(np.exp(log_theta), model.parameters)
+    base = workload_residuals(runs, values, model=model, workers=workers)[0] if residuals is None else residuals
     sizes = [len(r.targets) * len(SIGMA_OVERLOADED if r.experiment.overloaded else SIGMA_LATENCY) for r in runs]
     ends = np.cumsum([0, *sizes])
-    step_times = [compile_physical(values, run.experiment.deployment) for run in runs]
+    step_times = [model.compile(values, run.experiment.deployment) for run in runs]
 
     def difference(job: tuple[int, int]) -> FloatArray:
         i, j = job
-        moved = by_name(np.exp(log_theta + DIFFERENCE_STEP * (np.arange(log_theta.size) == j)))
-        step_time = compile_physical(moved, runs[i].experiment.deployment)
-        if step_time.same_as(step_times[i]) and all(moved[p.name] == values[p.name] for p in API_PARAMETERS):
+        moved = by_name(np.exp(log_theta + DIFFERENCE_STEP * (np.arange(log_theta.size) == j)), model.parameters)
+        step_time = model.compile(moved, runs[i].experiment.deployment)
+        if step_time.same_as(step_times[i]) and moved["api_before_us"] == values["api_before_us"]:
             return np.zeros(sizes[i])
         there = _run_residuals(runs[i], *_latencies_s(runs[i], step_time, moved))
         return (there - base[ends[i] : ends[i + 1]]) / DIFFERENCE_STEP
@@ -292,6 +302,7 @@ def calibrate(
     *,
     runs: Sequence[Run] = (),
     level: RequestLevel | None = None,
+    model: LearnedModel = PHYSICAL,
     start: Mapping[str, float] | None = None,
     max_evaluations: int = MAX_EVALUATIONS,
     workers: int = 1,
@@ -303,7 +314,10 @@ def calibrate(
     runs : sequence of Run
         Fitted through the simulator; none for a fit at the request level alone.
     level : RequestLevel, optional
-        Training rows (`training_rows`); None for a fit at the workload level alone.
+        Training rows (`training_rows`); None for a fit at the workload level alone. Only the physical model has features
+        of rows.
+    model : LearnedModel
+        What is fitted.
     start : mapping of str to float, optional
         Parameters by name; defaults to the priors.
     max_evaluations : int
@@ -318,22 +332,25 @@ def calibrate(
     Raises
     ------
     InputError
-        If there is nothing to fit.
+        If there is nothing to fit, or rows are given for a model without features of rows.
     """
+    if level is not None and model is not PHYSICAL:
+        raise InputError(f"`level` holds features of the physical model; `{model.variant}` is fitted to `runs` alone.")
     if not runs and (level is None or level.rows.empty):
         raise InputError("There is nothing to fit: give `runs`, `level`, or both.")
-    prior = np.log([p.start for p in PARAMETERS])
-    scale = np.array([p.prior_log_sd for p in PARAMETERS])
+    learned = model.parameters
+    prior = np.log([p.start for p in learned])
+    scale = np.array([p.prior_log_sd for p in learned])
     labels: list[str] = []
     # The optimiser asks for residuals and then for their Jacobian at the same place.
     known: dict[bytes, FloatArray] = {}
 
     def residuals(x: FloatArray) -> FloatArray:
-        values, parts = by_name(np.exp(x)), []
+        values, parts = by_name(np.exp(x), learned), []
         labels.clear()
         known.clear()
         if runs:
-            errors, names = workload_residuals(runs, values, workers=workers)
+            errors, names = workload_residuals(runs, values, model=model, workers=workers)
             known[x.tobytes()] = errors
             parts.append(errors)
             labels.extend(names)
@@ -343,13 +360,14 @@ def calibrate(
         return np.concatenate([*parts, (x - prior) / scale])
 
     def jacobian(x: FloatArray) -> FloatArray:
-        parts = [workload_jacobian(runs, x, residuals=known.get(x.tobytes()), workers=workers)] if runs else []
+        at_hand = known.get(x.tobytes())
+        parts = [workload_jacobian(runs, x, residuals=at_hand, model=model, workers=workers)] if runs else []
         if level is not None:
             parts.append(interval_jacobian(level, by_name(np.exp(x))))
         return np.vstack([*parts, np.diag(1.0 / scale)])
 
-    low, high = np.log([[p.low for p in PARAMETERS], [p.high for p in PARAMETERS]])
-    first = prior if start is None else np.log(as_array(start))
+    low, high = np.log([[p.low for p in learned], [p.high for p in learned]])
+    first = prior if start is None else np.log(as_array(start, learned))
     first = np.clip(first, low + 1e-9, high - 1e-9)
     solution = least_squares(
         residuals,
@@ -365,7 +383,8 @@ def calibrate(
     )
     final = residuals(solution.x)
     name = "joint" if runs and level is not None else "workload" if runs else "request"
-    return Calibration(by_name(np.exp(solution.x)), final, solution.jac, tuple(labels), int(solution.nfev), name)
+    values = by_name(np.exp(solution.x), learned)
+    return Calibration(values, final, solution.jac, tuple(labels), int(solution.nfev), name, learned)
 
 
 def fit_joint(runs: Sequence[Run], rows: RequestLevel, *, workers: int = 1) -> Calibration:

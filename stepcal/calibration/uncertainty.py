@@ -9,7 +9,7 @@ import pandas as pd
 
 from stepcal.calibration.closed_loop import Calibration, Run, _mean_e2e, run_latencies_s
 from stepcal.metrics import CONFIDENCE
-from stepcal.step_time.physical_parameters import PARAMETERS, as_array, by_name
+from stepcal.step_time.physical_parameters import as_array, by_name
 from stepcal.units import MS_PER_S, PERCENT, FloatArray
 
 DETERMINED_SHRINKAGE = 0.5
@@ -36,7 +36,7 @@ def parameter_table(fitted: Calibration, *, seed: int = 0) -> tuple[pd.DataFrame
         `name`, `unit`, `value`, `low`, `high`, `prior`, `prior_log_sd`, `posterior_log_sd`, `identified`, `reason`,
         `source`.
     draws : ndarray, shape (n_resamples, n_parameters)
-        Of the logarithms of the values, in the order of `PARAMETERS`.
+        Of the logarithms of the values, in the order of the calibration's parameters.
     """
     n = len(fitted.labels)
     data, priors = fitted.jacobian[:n], fitted.jacobian[n:]
@@ -46,7 +46,7 @@ def parameter_table(fitted: Calibration, *, seed: int = 0) -> tuple[pd.DataFrame
     prior_hessian, prior_score = priors.T @ priors, priors.T @ fitted.residuals[n:]
     posterior = np.sqrt(np.diag(np.linalg.inv(hessians.sum(axis=0) + prior_hessian)))
     rng = np.random.default_rng(seed)
-    low, high = np.log([[p.low for p in PARAMETERS], [p.high for p in PARAMETERS]])
+    low, high = np.log([[p.low for p in fitted.parameters], [p.high for p in fitted.parameters]])
     draws = np.empty((BOOTSTRAP_RESAMPLES, data.shape[1]))
     for i in range(BOOTSTRAP_RESAMPLES):
         weights = rng.multinomial(len(names), np.full(len(names), 1.0 / len(names))).astype(float)
@@ -56,7 +56,7 @@ def parameter_table(fitted: Calibration, *, seed: int = 0) -> tuple[pd.DataFrame
     tail = PERCENT * (1 - CONFIDENCE) / 2
     bounds = np.exp(np.percentile(draws, [tail, PERCENT - tail], axis=0))
     rows = []
-    for j, p in enumerate(PARAMETERS):
+    for j, p in enumerate(fitted.parameters):
         shrinkage = posterior[j] / p.prior_log_sd
         at_bound = "at its lower bound" if fitted.values[p.name] <= p.low * 1.001 else ""
         reason = at_bound or ("" if shrinkage < DETERMINED_SHRINKAGE else "the prior holds it more than the data")
@@ -82,7 +82,7 @@ def singular_values(fitted: Calibration) -> pd.DataFrame:
     """Return the singular values of the whitened data Jacobian by log values: below 1, the prior weighs more."""
     data = fitted.jacobian[: len(fitted.labels)]
     _, values, vectors = np.linalg.svd(data, full_matrices=False)
-    leading = [PARAMETERS[int(np.argmax(np.abs(v)))].name for v in vectors]
+    leading = [fitted.parameters[int(np.argmax(np.abs(v)))].name for v in vectors]
     return pd.DataFrame({"rank": np.arange(1, len(values) + 1), "singular_value": values, "mostly": leading})
 
 

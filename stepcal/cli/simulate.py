@@ -11,12 +11,14 @@ from typing import Any
 from stepcal.cli.output import aligned
 from stepcal.cli.served_load import LoadOptions, served_load, with_rejected
 from stepcal.errors import InputError
+from stepcal.experiments.sampling_defaults import sampling_of
 from stepcal.files import refuse_unwritable, write_bytes_atomically
 from stepcal.simulator import ServerConfig, SimulationResult
 from stepcal.specs.architecture import ModelArchitecture, resolve_architecture
 from stepcal.specs.deployment import Deployment
-from stepcal.specs.hardware import load_accelerator
+from stepcal.specs.hardware import resolve_accelerator
 from stepcal.specs.kv_offloading import offload_blocks
+from stepcal.specs.sampling import Sampling, read_sampling
 from stepcal.step_time.coefficients import load_coefficients
 from stepcal.step_time.serve import simulate
 
@@ -39,6 +41,7 @@ class SimulateOptions:
     api_after_us: float | None
     steps: Path | None
     steps_fraction: float
+    sampling: Path | None = None
 
 
 def run_simulation(options: SimulateOptions, on_progress: Progress | None = None) -> dict[str, Any]:
@@ -62,7 +65,9 @@ def run_simulation(options: SimulateOptions, on_progress: Progress | None = None
     coefficients = load_coefficients(options.coefficients)
     if options.load.experiment is not None:
         coefficients = coefficients.of_experiment(options.load.experiment)
-    deployment = Deployment(architecture, load_accelerator(options.accelerator), options.tensor_parallel, server)
+    accelerator = resolve_accelerator(options.accelerator)
+    sampling, sampled = _sampling(options, architecture)
+    deployment = Deployment(architecture, accelerator, options.tensor_parallel, server, sampling)
     load = served_load(options.load, server)
     result = simulate(
         load.requests,
@@ -79,8 +84,16 @@ def run_simulation(options: SimulateOptions, on_progress: Progress | None = None
     )
     if options.steps:
         _write_steps(result, options, architecture, load.name)
-    notes = [*architecture.notes, *load.notes]
+    notes = [*architecture.notes, *sampled, *coefficients.notes(deployment), *load.notes]
     return {**with_rejected(result.summary(), load.rejected), **({"notes": notes} if notes else {})}
+
+
+def _sampling(options: SimulateOptions, architecture: ModelArchitecture) -> tuple[Sampling, list[str]]:
+    """The sampling parameters that were asked for, or those beside the model's config, or its publisher's, with notes."""
+    if options.sampling is not None:
+        return read_sampling(options.sampling), []
+    config = Path(options.architecture) if options.architecture.endswith(".json") else None
+    return sampling_of({}, config, (options.architecture, architecture.name), vocab_size=architecture.vocab_size)
 
 
 def summary_text(summary: dict[str, Any]) -> str:

@@ -25,7 +25,17 @@ def simulate(
             "--coefficients", "--stepml-model", help="default, global9, phase16, model36, or a coefficient file."
         ),
     ],
-    accelerator: Annotated[str, typer.Option("--accelerator", help="GPU, by name.")] = "h100-sxm",
+    accelerator: Annotated[
+        str,
+        typer.Option("--accelerator", help="GPU: a name, as nvidia-smi writes it, or a JSON or YAML file of yours."),
+    ] = "h100-sxm",
+    sampling: Annotated[
+        Path | None,
+        typer.Option(
+            "--sampling",
+            help="generation_config.json. Default: the one beside the model's config.json, or its publisher's.",
+        ),
+    ] = None,
     tp: Annotated[int, typer.Option("--tp", help="Tensor-parallel degree.")] = 1,
     max_num_seqs: Annotated[int, typer.Option("--max-num-seqs", help="Most requests that run at once.")] = 128,
     max_num_batched_tokens: Annotated[
@@ -164,6 +174,7 @@ def simulate(
         api_after_us=api_after_us,
         steps=steps,
         steps_fraction=steps_fraction,
+        sampling=sampling,
     )
     with tqdm(unit=" requests", unit_scale=True, **progress_options()) as bar:
 

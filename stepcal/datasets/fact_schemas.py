@@ -203,6 +203,7 @@ ACCELERATORS = pa.DataFrameSchema(
         "full_name": text("Vendor's name."),
         "bf16_dense_tflops": number("Peak of the tensor cores in BF16, without sparsity.", "TFLOP/s", above=0),
         "fp8_dense_tflops": number("The same in FP8; empty where there is none.", "TFLOP/s", above=0, nullable=True),
+        "fp4_dense_tflops": number("The same in FP4; empty where there is none.", "TFLOP/s", above=0, nullable=True),
         "hbm_bandwidth_tb_s": number("Peak bandwidth of the GPU's memory.", "TB/s", above=0),
         "hbm_capacity_gb": number("Size of the GPU's memory.", "GB", above=0),
         "interconnect_gb_s": number("Peak bandwidth to other GPUs, both directions together.", "GB/s", above=0),

@@ -112,6 +112,7 @@ def _evaluate_one(
         step_time = coefficients.of_experiment(experiment.experiment_id).compile(experiment.deployment)
     except InputError as error:
         return {**row, "predicted": None, **nothing, "reason": str(error)}
+    row["notes"] = [*row["notes"], *coefficients.notes(experiment.deployment)]
     try:
         result = run_experiment(experiment, step_time, process=process, seed=seed, **coefficients.api_overheads_us())
     except InputError as error:

@@ -14,7 +14,7 @@ from stepcal.exchange.stepml import StepmlFile, csv_text, json_text, read_stepml
 from stepcal.experiments.options import deployment_from
 from stepcal.locations import data_folder
 from stepcal.specs.deployment import Deployment
-from stepcal.step_time.coefficients import DEFAULT, SHIPPED_VARIANTS, load_coefficients
+from stepcal.step_time.coefficients import FROZEN, SHIPPED_VARIANTS, load_coefficients
 
 BLACKBOX = "blackbox"
 
@@ -61,7 +61,7 @@ def converted(source: str, to: str, options: Mapping[str, Any]) -> Converted:
 
 def read_any(source: str) -> StepmlFile:
     """Read coefficients by a name that ships, or from a file of ours."""
-    if source in (DEFAULT, *SHIPPED_VARIANTS):
+    if source in (*FROZEN, *SHIPPED_VARIANTS):
         load_coefficients(source)  # refuses a default that was changed
         return read_stepml(data_folder() / "coefficients" / f"{source}.json")
     if not Path(source).is_file():

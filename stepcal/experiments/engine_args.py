@@ -19,7 +19,7 @@ from stepcal.simulator import ServerConfig
 from stepcal.simulator.config import NOT_MODELLED, check_block_size
 from stepcal.simulator.versions import OLDEST, VllmRelease, release_of, version_note
 from stepcal.specs.architecture import ModelArchitecture
-from stepcal.specs.hardware import Accelerator, load_accelerator
+from stepcal.specs.hardware import FILE_ENDINGS, Accelerator, load_accelerator, named_in_text, resolve_accelerator
 from stepcal.specs.kv_offloading import offload_blocks
 from stepcal.specs.step_work import kv_bytes_per_token
 from stepcal.specs.weight_formats import online_widths
@@ -43,17 +43,6 @@ QUANTISATIONS = {
 OFFLOAD_KEY = "kv_offloading_size"
 KV_TYPES = ("auto", "bfloat16", "float16", "bf16", "fp16", "half")
 """KV caches of two bytes an element, the only ones that are modelled."""
-GPU_WORDS = {
-    "h100-nvl": ("h100", "nvl"),
-    "h100-sxm": ("h100",),
-    "h200-sxm": ("h200",),
-    "a100-80gb": ("a100",),
-    "l40s": ("l40s",),
-    "b200": ("b200",),
-}
-"""Words that name a GPU in free text, as nvidia-smi, cloud providers and names of runs write it."""
-OTHER_BOARDS = frozenset({"40gb", "40g", "pcie", "mig"})
-"""Words of boards that the table of GPUs does not have."""
 MEMORY_MIB = {
     "h100-sxm": 81_559,
     "h100-nvl": 95_830,
@@ -61,6 +50,10 @@ MEMORY_MIB = {
     "a100-80gb": 81_920,
     "l40s": 46_068,
     "b200": 183_359,
+    "b300-sxm": 275_040,
+    "gb200": 189_471,
+    "gb300": 284_208,
+    "rtx-pro-6000": 97_887,
 }
 """Memory as nvidia-smi reports it; datasheets round."""
 OVERHEAD_GIB = 0.8
@@ -155,21 +148,20 @@ def accelerator_of(settings: Settings, default: str | None) -> tuple[Accelerator
     """
     found = settings.find(GPU_KEYS)
     if found is not None:
-        return load_accelerator(_known_gpu(str(found[1])) or str(found[1])), []
+        return resolve_accelerator(_beside(str(found[1]), settings.path)), []
     if default is not None:
-        return load_accelerator(_known_gpu(default) or default), []
+        return resolve_accelerator(default), []
     way_out = f"Name it as `{GPU_KEYS[0]}` in {settings.path.name}, or give --accelerator."
-    in_name = _known_gpu(settings.run)
+    in_name = named_in_text(settings.run)
     if in_name is not None:
         return load_accelerator(in_name), [f"the GPU is `{in_name}` by the run's name. {way_out}"]
     return load_accelerator(DEFAULT_ACCELERATOR), [f"no GPU is named; `{DEFAULT_ACCELERATOR}` was assumed. {way_out}"]
 
 
-def _known_gpu(text: str) -> str | None:
-    words = set(re.split(r"[^a-z0-9]+", text.lower()))
-    if text in GPU_WORDS or words & OTHER_BOARDS:
-        return text if text in GPU_WORDS else None
-    return next((name for name, needed in GPU_WORDS.items() if words.issuperset(needed)), None)
+def _beside(gpu: str, config: Path) -> str:
+    """The path of a GPU's own file, which a setting names relative to the file that it stands in; else the name."""
+    own = config.parent / gpu
+    return str(own) if gpu.lower().endswith(FILE_ENDINGS) and own.is_file() else gpu
 
 
 def tensor_parallel_of(settings: Settings) -> tuple[int, list[str]]:

@@ -33,6 +33,7 @@ from stepcal.experiments.engine_args import (
 )
 from stepcal.experiments.experiment import CLIENT_TIMEOUT_S, Experiment
 from stepcal.experiments.latencies import WHOLE, measured_latencies, summary_latencies
+from stepcal.experiments.sampling_defaults import sampling_of
 from stepcal.simulator import Workload, read_workload
 from stepcal.specs.architecture import ModelArchitecture, load_architecture, resolve_architecture
 from stepcal.specs.deployment import Deployment
@@ -216,17 +217,19 @@ def _read_run(
     server, assumed = server_of(
         settings, architecture, gpu, tensor_parallel=degree, kv_blocks=kv_blocks, kv_offloading_gib=kv_offloading_gib
     )
+    names = (str((settings.find(MODEL_KEYS) or ("", ""))[1]), architecture.name, _name(run))
+    sampling, sampled = sampling_of(settings.values, run / "config.json", names, vocab_size=architecture.vocab_size)
     requests, about = _requests(run, shared, measured)
     if requests is None:
         workload, prompts = _measured_lengths(workload, measured)
         about = [*about, *prompts]
     experiment = Experiment(
         experiment_id=_name(run),
-        deployment=Deployment(architecture, gpu, degree, server),
+        deployment=Deployment(architecture, gpu, degree, server, sampling),
         workload=workload,
         overloaded=False,
         requests=requests,
-        notes=(*notes, *more, *assumed, *about),
+        notes=(*notes, *more, *assumed, *sampled, *about),
     )
     if measured.empty and requests is None:
         raise InputError(

@@ -17,6 +17,7 @@ from stepcal.experiments.engine_args import (
     server_of,
     tensor_parallel_of,
 )
+from stepcal.experiments.sampling_defaults import sampling_of
 from stepcal.specs.architecture import resolve_architecture
 from stepcal.specs.deployment import Deployment
 
@@ -66,8 +67,11 @@ def deployment_from(options: Mapping[str, Any], folder: Path | None = None) -> S
     accelerator, notes = accelerator_of(settings, None if gpu is None else str(gpu))
     degree, more = tensor_parallel_of(settings)
     server, assumed = server_of(settings, architecture, accelerator, tensor_parallel=degree)
-    about_it = (*architecture.notes, *settings.notes, *as_served, *notes, *more, *assumed)
-    return Served(Deployment(architecture, accelerator, degree, server), about_it)
+    config = Path(str(model)) if str(model).endswith(".json") else None
+    names = (str(values.get("model") or ""), architecture.name)
+    sampling, sampled = sampling_of(about, config, names, vocab_size=architecture.vocab_size)
+    about_it = (*architecture.notes, *settings.notes, *as_served, *notes, *more, *assumed, *sampled)
+    return Served(Deployment(architecture, accelerator, degree, server, sampling), about_it)
 
 
 def _config(folder: Path | None) -> Settings | None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from stepcal.errors import InputError
-from stepcal.step_time.coefficients import DEFAULT, StepTimeModel, load_coefficients
-from stepcal.step_time.physical_parameters import PARAMETERS, LearnedParameter
+from stepcal.step_time.coefficients import StepTimeModel, load_coefficients
+from stepcal.step_time.learned import LEARNED_MODELS
+from stepcal.step_time.physical_parameters import LearnedParameter
 
-_PARAMETERS: dict[str, Sequence[LearnedParameter]] = {DEFAULT: PARAMETERS}
+_PARAMETERS: dict[str, Sequence[LearnedParameter]] = {m.variant: m.parameters for m in LEARNED_MODELS.values()}
 
 
 def prior_of(name_or_path: str) -> tuple[StepTimeModel, Sequence[LearnedParameter]]:

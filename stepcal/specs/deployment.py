@@ -9,6 +9,7 @@ from stepcal.errors import InputError
 from stepcal.simulator.config import ServerConfig
 from stepcal.specs.architecture import ModelArchitecture
 from stepcal.specs.hardware import Accelerator
+from stepcal.specs.sampling import NEUTRAL, Sampling
 
 DEFAULT_BLOCK_SIZE = 16
 """Tokens of a KV block where no server is named: vLLM's default."""
@@ -28,6 +29,8 @@ class Deployment:
         Ranks that share each layer.
     server : ServerConfig, optional
         Scheduler limits. The work of a single step needs none; a simulation does.
+    sampling : Sampling
+        Sampling parameters of the requests, in as far as all share them; by default nothing is cut off or penalised.
 
     Raises
     ------
@@ -46,6 +49,7 @@ class Deployment:
     accelerator: Accelerator
     tensor_parallel: int = 1
     server: ServerConfig | None = None
+    sampling: Sampling = NEUTRAL
 
     @classmethod
     def of(cls, architecture: str, accelerator: str, *, tensor_parallel: int = 1, **limits: Any) -> Deployment:

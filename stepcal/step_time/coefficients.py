@@ -18,6 +18,7 @@ import numpy as np
 
 from stepcal.documents import read_json_object
 from stepcal.errors import InputError, shown
+from stepcal.kernels.constants import ALL_REDUCE_FILE, KERNELS_FILE
 from stepcal.locations import data_folder
 from stepcal.simulator import CompiledStepTime, ServerConfig, StepBatch
 from stepcal.simulator.steptime import add_components
@@ -26,14 +27,17 @@ from stepcal.specs.hardware import Accelerator
 from stepcal.step_time.baselines import BLACKBOX_FEATURES, Blackbox, ConstantStep, RawAnalytical, StepBaseline
 from stepcal.step_time.compile import AnyStepTime, compile_baseline, compile_corrections
 from stepcal.step_time.corrections import CorrectionModel, Global9, Model36, Phase16
-from stepcal.step_time.physical import compile_physical
-from stepcal.step_time.physical_parameters import API_PARAMETERS, PARAMETERS, STEP_PARAMETERS
+from stepcal.step_time.kernel_model import kernel_notes
+from stepcal.step_time.learned import KERNELS, LEARNED_MODELS
+from stepcal.step_time.physical_parameters import API_PARAMETERS, PARAMETERS
 
 DEFAULT = "default"
-"""The physical model as calibrated on 16 experiments, frozen in ``data/coefficients/``."""
+"""The kernel model as fitted to 16 experiments, frozen in ``data/coefficients/``."""
+PHYSICAL_DEFAULT = "default-2026-11-24"
+"""The physical model as calibrated on the 16, the default until the kernel model took its place; H1b, H2b and H3 cite it."""
 SHIPPED_VARIANTS = ("global9", "phase16", "model36")
 """The study's variants, whose fits to its public traces ship in ``data/coefficients/`` under their names."""
-FROZEN = (DEFAULT, "default-2026-11-24")
+FROZEN = (DEFAULT, PHYSICAL_DEFAULT)
 """Names of frozen coefficients: today's default, and earlier ones by the day they were frozen."""
 AFFINE = "affine"
 SUM = "sum"
@@ -71,8 +75,8 @@ class StepTimeModel:
     --------
     >>> import stepcal
     >>> model = stepcal.StepTimeModel.load("default")
-    >>> model.parameters["kv_block_ns"].unit
-    'ns'
+    >>> model.parameters["layer_us"].unit
+    'us'
     >>> served = stepcal.Deployment.of("llama-2-7b", "h100-sxm")
     >>> one, many = (model.predict_us(served, decode_kv_lens=[1000] * n) for n in (1, 64))
     >>> 0 < one < many < 8 * one  # the weights are read once for all
@@ -155,13 +159,18 @@ class StepTimeModel:
         """
         if self.variant == AFFINE:
             return self._affine()
-        if self.variant == DEFAULT:
-            return compile_physical({p.name: self._value(p.name) for p in STEP_PARAMETERS}, deployment)
+        if self.variant in LEARNED_MODELS:
+            model = LEARNED_MODELS[self.variant]
+            return model.compile({p.name: self._value(p.name) for p in model.parameters}, deployment)
         if self.variant in _BASELINES:
             return compile_baseline(_BASELINES[self.variant](self, deployment.accelerator), deployment)
-        model = self._correction_model(deployment.accelerator)
-        theta = np.array([self._value(p.name) for p in model.parameters])
-        return compile_corrections(model, theta, deployment)
+        corrections = self._correction_model(deployment.accelerator)
+        theta = np.array([self._value(p.name) for p in corrections.parameters])
+        return compile_corrections(corrections, theta, deployment)
+
+    def notes(self, deployment: Deployment) -> list[str]:
+        """Return what a reader should know of the step time of a deployment: kernels that were not measured on its GPU."""
+        return kernel_notes(deployment) if self.variant == KERNELS.variant else []
 
     def of_experiment(self, experiment_id: str) -> StepTimeModel:
         """Return the coefficients of one experiment: of a baseline that was fitted to several, its own; else the same.
@@ -228,8 +237,8 @@ class StepTimeModel:
         if self.variant == AFFINE:
             self._affine()
             return self
-        if self.variant == DEFAULT:
-            names = tuple(p.name for p in (*STEP_PARAMETERS, *API_PARAMETERS))
+        if self.variant in LEARNED_MODELS:
+            names = tuple(p.name for p in LEARNED_MODELS[self.variant].parameters)
         elif self.variant not in SHIPPED_VARIANTS:
             names = _BASELINE_PARAMETERS[self.variant]
         elif self.variant == "phase16":
@@ -266,7 +275,8 @@ def load_coefficients(name_or_path: str) -> StepTimeModel:
     Parameters
     ----------
     name_or_path : str
-        ``default``, ``global9``, ``phase16`` or ``model36``, or the path of a JSON file with `variant` and `parameters`.
+        ``default``, ``default-2026-11-24``, ``global9``, ``phase16`` or ``model36``, or the path of a JSON file with
+        `variant` and `parameters`.
 
     Returns
     -------
@@ -298,13 +308,22 @@ def frozen_default_sha256(name: str = DEFAULT) -> str:
 
 def _frozen(name: str) -> StepTimeModel:
     path = data_folder() / "coefficients" / f"{name}.json"
-    digest, frozen = hashlib.sha256(path.read_bytes()).hexdigest(), frozen_default_sha256(name)
+    _refuse_changed(path, f"{name}.json")
+    coefficients = _read(path)
+    if coefficients.variant == KERNELS.variant:
+        for table in (KERNELS_FILE, ALL_REDUCE_FILE):
+            _refuse_changed(data_folder() / "hardware" / table, f"../hardware/{table}")
+    return coefficients
+
+
+def _refuse_changed(path: Path, name: str) -> None:
+    frozen = json.loads((data_folder() / "coefficients" / "frozen.json").read_text(encoding="utf-8"))[name]["sha256"]
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
     if digest != frozen:
         raise InputError(
             f"{path} was changed after it was frozen: SHA-256 is {digest}, frozen was {frozen}. Restore it, or give "
             "changed coefficients as a file of another name."
         )
-    return _read(path)
 
 
 def _read(path: Path) -> StepTimeModel:
@@ -328,7 +347,7 @@ def _read(path: Path) -> StepTimeModel:
     twice = next((name for name, _ in pairs if name in seen or seen.add(name)), None)  # type: ignore[func-returns-value]
     if twice is not None:
         raise InputError(f"{path} has the parameter `{twice}` twice. Keep one of them.")
-    known = (DEFAULT, AFFINE, *_BASELINES, *SHIPPED_VARIANTS)
+    known = (*LEARNED_MODELS, AFFINE, *_BASELINES, *SHIPPED_VARIANTS)
     if variant not in known:
         raise InputError(
             f"{path} holds the variant `{variant[:80]}`, which cannot be read from a file. Known: {', '.join(known)}."
@@ -386,6 +405,6 @@ _BASELINES: dict[str, Callable[[StepTimeModel, Accelerator], StepBaseline]] = {
 
 
 def frozen_values() -> dict[str, float]:
-    """Return the parameters of the frozen default, by name."""
-    values = load_coefficients(DEFAULT).values
+    """Return the parameters of the frozen physical model, by name."""
+    values = load_coefficients(PHYSICAL_DEFAULT).values
     return {p.name: values[p.name] for p in PARAMETERS}

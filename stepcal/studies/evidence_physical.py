@@ -28,7 +28,7 @@ from stepcal.reconstruction.checks import estimate_offset_us
 from stepcal.reconstruction.labelled_steps import labelled_steps
 from stepcal.reconstruction.labels import stage_starts_ns
 from stepcal.reconstruction.timeline import build_timeline, request_lives
-from stepcal.step_time.coefficients import DEFAULT, StepTimeModel, frozen_values, load_coefficients
+from stepcal.step_time.coefficients import DEFAULT, PHYSICAL_DEFAULT, StepTimeModel, frozen_values, load_coefficients
 from stepcal.step_time.physical import PhysicalModel
 from stepcal.step_time.physical_parameters import STEP_PARAMETERS
 from stepcal.studies.published_runs import STUDY_OFFLOAD_GIB, load_experiments
@@ -52,7 +52,7 @@ LEAVE_OUT_VARIANTS = {
     "workload": "leave_one_workload_out",
     "model": "leave_one_model_out",
 }
-H3_COEFFICIENTS = "default-2026-11-24"
+H3_COEFFICIENTS = PHYSICAL_DEFAULT
 """The coefficients that H3 froze."""
 SEEDS = range(5)
 """Seeds of the Poisson arrivals of H3, whose mean prediction is judged."""

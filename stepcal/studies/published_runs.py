@@ -11,6 +11,7 @@ from stepcal.specs.architecture import load_architecture
 from stepcal.specs.deployment import Deployment
 from stepcal.specs.hardware import load_accelerator
 from stepcal.specs.kv_offloading import offload_blocks
+from stepcal.specs.sampling import publishers_sampling
 
 STUDY_OFFLOAD_GIB = 8.0
 """Size of the pool in CPU memory that we infer for the 16 servers (`kv_offloading_gib` of data/experiments.csv)."""
@@ -57,7 +58,11 @@ def load_experiments(requests: pd.DataFrame | None = None) -> list[Experiment]:
             Experiment(
                 experiment_id=name,
                 deployment=Deployment(
-                    architecture, load_accelerator(str(run["gpu"])), int(run["tensor_parallel"]), server
+                    architecture,
+                    load_accelerator(str(run["gpu"])),
+                    int(run["tensor_parallel"]),
+                    server,
+                    publishers_sampling(architecture.name),
                 ),
                 workload=workload,
                 overloaded=bool(run["overloaded"]),

@@ -14,7 +14,7 @@ from typing import Any
 
 import pandas as pd
 
-from stepcal.datasets import transfer_measured, transfer_peers, transfer_runs, transfer_sampling
+from stepcal.datasets import transfer_measured, transfer_peers, transfer_runs
 from stepcal.evaluation.latency_errors import compare
 from stepcal.experiments.engine_args import Settings, server_of
 from stepcal.experiments.experiment import CLIENT_TIMEOUT_S, Experiment, run_experiment
@@ -25,6 +25,7 @@ from stepcal.simulator import LoadStage, Workload
 from stepcal.specs.architecture import ModelArchitecture
 from stepcal.specs.deployment import Deployment
 from stepcal.specs.hardware import load_accelerator
+from stepcal.specs.sampling import publishers_sampling
 from stepcal.specs.weight_formats import FULL_WIDTH, WeightWidths
 from stepcal.step_time.coefficients import StepTimeModel, load_coefficients
 from stepcal.studies.evidence_physical import BOARDS, H3_COEFFICIENTS, SEEDS
@@ -37,17 +38,6 @@ MAX_MODEL_LEN = 4096
 N_GROUPS, N_PROMPTS_PER_GROUP = 10, 10
 """The load generator's cycle of prompts in all runs of this harness (data/README.md)."""
 KEYS = ("experiment_id", "split", "metric", "statistic")
-FAMILIES = {
-    "llama-2": "llama-2",
-    "llama-3.1": "llama-3.1",
-    "llama-4-scout": "llama-4-scout",
-    "qwen3": "qwen3",
-    "qwen2.5": "qwen2.5-instruct",
-    "codellama-34b": "codellama-34b-instruct",
-    "mixtral": "mixtral-8x7b and 8x22b base",
-    "mistral-nemo": "mistral-nemo-instruct-2407",
-}
-"""Row of ``transfer/sampling.csv`` by the beginning of a model's name."""
 LARGE_VOCABULARY = 100_000
 """Tokens: the 31 models have about 32,000, or 128,000 and more."""
 NOT_PUBLISHED = "how many requests completed is not published; all are taken to have"
@@ -99,7 +89,7 @@ def _case(row: Mapping[Hashable, Any], measured: pd.DataFrame) -> Case:
     )
     experiment = Experiment(
         experiment_id=str(row["experiment_id"]),
-        deployment=Deployment(architecture, gpu, degree, server),
+        deployment=Deployment(architecture, gpu, degree, server, publishers_sampling(architecture.name)),
         workload=workload,
         overloaded=False,
         notes=(*notes, NOT_PUBLISHED),
@@ -194,24 +184,11 @@ def _about(experiment: Experiment) -> dict[str, object]:
     return {
         "experiment_id": experiment.experiment_id,
         "vocab_size": experiment.architecture.vocab_size,
-        "sorts_logits": sorts_logits(experiment.architecture.name),
+        "sorts_logits": experiment.deployment.sampling.restricts_tokens,
         "is_mixture": experiment.architecture.is_mixture,
         "kv_blocks": experiment.server.kv_blocks,
         "notes": "; ".join(note.rstrip(".") for note in experiment.notes),
     }
-
-
-def sampling_defaults(model: str) -> dict[str, float]:
-    """Return the sampling defaults of a model of the 31 runs; those that its family does not set are left out."""
-    family = next((f for start, f in FAMILIES.items() if model.startswith(start)), "")
-    table = transfer_sampling()
-    own = table[table["model_family"] == family].drop(columns=["model_family", "basis"])
-    return {str(k): float(v) for row in own.to_dict("records") for k, v in row.items() if not math.isnan(v)}
-
-
-def sorts_logits(model: str) -> bool:
-    """Whether a model's sampling defaults make vLLM 0.15.1 sort the logits: top-k or top-p."""
-    return bool({"top_p", "top_k"} & sampling_defaults(model).keys())
 
 
 def errors_by_run(study: Tables) -> pd.DataFrame:

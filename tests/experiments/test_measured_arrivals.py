@@ -141,7 +141,7 @@ def test_throughput_is_measured_and_predicted_alike(folder: Path, truth) -> None
 def test_evidence_says_which_arrivals(folder: Path) -> None:
     evidence = h3_evidence(folder, set()).set_index(["quantity", "unit"])
     values = evidence.loc["e2e_error_percent", "value"]
-    assert values["a-records"] == pytest.approx(0.0, abs=0.01)
+    assert values["a-records"] < 5  # measured as the default predicts it, judged by H3's coefficients
     assert values["c-summary"] > 10
     notes = evidence.loc["e2e_error_percent", "note"]
     assert notes["a-records"] == notes["b-table"]

@@ -40,7 +40,7 @@ def test_known_parameters_of_an_exact_log_are_found(exact_log: MakeLog) -> None:
 
 
 def test_what_changes_nothing_on_this_server_is_not_learned(exact_log: MakeLog) -> None:
-    prior, parameters = prior_of("default")
+    prior, parameters = prior_of("default-2026-11-24")
     fitted = calibrate_server([exact_log((4.0,))], prior, parameters)
     names = {p.name for p in fitted.parameters}
     assert "collective_us" not in names  # one rank

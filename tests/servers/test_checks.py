@@ -88,7 +88,7 @@ def simulated_again(log: ServedLog) -> ServedLog:
 
 
 def test_a_limit_of_running_requests_lower_than_said(exact_log: MakeLog) -> None:
-    log = exact_log((6.0,), max_num_seqs=16)
+    log = exact_log((8.0,), max_num_seqs=16)
     said = replace(log, deployment=log.deployment.with_server(max_num_seqs=32))
     found = kinds(said)
     assert "max-num-seqs" in found

@@ -36,5 +36,5 @@ def test_a_gpu_without_fp8_says_so():
 
 
 def test_an_unknown_accelerator_is_refused_with_the_known_ones():
-    with pytest.raises(InputError, match=r"Unknown accelerator `tpu-v5`.*h100-sxm.*accelerators\.csv"):
+    with pytest.raises(InputError, match=r"Unknown accelerator `tpu-v5`.*h100-sxm.*JSON or YAML file"):
         load_accelerator("tpu-v5")

@@ -141,7 +141,7 @@ def test_an_affine_file_says_whether_host_and_gpu_overlap(tmp_path) -> None:
 def test_the_trees_cannot_be_read_from_a_file(tmp_path) -> None:
     file = write(tmp_path, "xgboost", ("run-a.max_depth", 4.0))
     with pytest.raises(
-        InputError, match=r"`xgboost`, which cannot be read from a file\. Known: default, affine, blackbox"
+        InputError, match=r"`xgboost`, which cannot be read from a file\. Known: default, kernels, affine, blackbox"
     ):
         load_coefficients(file)
 
@@ -165,7 +165,7 @@ NINE = {p.name: p.start for p in Global9().parameters}
 @pytest.mark.parametrize(
     ("variant", "parameters", "message"),
     [
-        ("spline", {"a": 1.0}, r"mine\.json holds the variant `spline`.*Known: default, affine"),
+        ("spline", {"a": 1.0}, r"mine\.json holds the variant `spline`.*Known: default, kernels, affine"),
         ("affine", {"constant": 1.0}, r"mine\.json: unknown term `constant`\. Terms: constant_us, tokens_us"),
         ("affine", {"constant_us": -3.0}, "`constant_us` is -3.0.*`floor_us`"),
         ("affine", {"constant_us": float("nan")}, r"mine\.json: `constant_us` is nan; coefficients are finite"),

@@ -198,7 +198,7 @@ def runs(tmp_path) -> Path:
     for name, gpu in gpus.items():
         write_run(folder, name, gpu)
     cases = read_experiment_folder(folder)
-    default = load_coefficients("default")
+    default = load_coefficients("default-2026-11-24")
     predicted = [
         [
             row["predicted"]["e2e_ms"]["mean"]
@@ -219,7 +219,7 @@ def measured_s(folder: Path, name: str) -> float:
 class TestH3:
     def test_without_a_folder_it_is_not_evaluated(self, monkeypatch, tmp_path) -> None:
         monkeypatch.setenv("STEPCAL_DATA", str(tmp_path))
-        result, text = verdict("h3")
+        result, text = verdict("h4")
         assert result["verdict"] == "Not evaluated"
         assert result["evidence_from"] == "none"
         assert set(outcomes(result).values()) == {None}
@@ -287,7 +287,7 @@ class TestH3:
     def test_changed_coefficients_are_refused(self, runs, tmp_path, monkeypatch) -> None:
         folder = tmp_path / "data"
         shutil.copytree(data_folder() / "coefficients", folder / "coefficients")
-        file = folder / "coefficients" / "default.json"
+        file = folder / "coefficients" / "default-2026-11-24.json"
         file.write_text(file.read_text().replace('"value": 1', '"value": 2', 1))
         monkeypatch.setattr(coefficients, "data_folder", lambda: folder)
         done = runner.invoke(app, ["verdict", "h3", "--experiments", str(runs), "--json", "-"])

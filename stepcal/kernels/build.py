@@ -1,0 +1,181 @@
+"""``make kernels``: fits the constants of all GPUs to the pinned wheel and writes the tables of ``data/hardware/``.
+
+Only the maintainer needs it. The wheel is fetched by pip (82 MB) unless a path is given, and refused if its hash differs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from stepcal.errors import InputError
+from stepcal.files import write_atomically
+from stepcal.kernels.constants import ALL_REDUCE_FILE, ANY, KERNELS_FILE, NUMBERS
+from stepcal.kernels.fit import fit_gpu
+from stepcal.kernels.forms import BYTES_PER_ACTIVATION, ELEMENTWISE, KernelConstants
+from stepcal.kernels.tables import WHEEL, KernelTables, open_wheel
+from stepcal.locations import data_folder
+from stepcal.specs.hardware import GIGA, TERA, Accelerator, load_accelerator
+from stepcal.units import US_PER_S
+
+REQUIREMENT = "aiconfigurator-core==0.12.0"
+DATASHEET_FILE = "wheel_datasheet.csv"
+DIGITS = 5
+"""Significant digits of what is written: far below the residuals, and the same on every machine."""
+FIGURES = {
+    "bf16_dense_tflops": ("bfloat16_tc_flops", TERA),
+    "fp8_dense_tflops": ("fp8_tc_flops", TERA),
+    "fp4_dense_tflops": ("fp4_tc_flops", TERA),
+    "hbm_bandwidth_tb_s": ("mem_bw", TERA),
+    "hbm_capacity_gb": ("mem_capacity", GIGA),
+    "interconnect_gb_s": ("node_intra_node_bw", GIGA),
+}
+"""Datasheet figures of ours, the wheel's name for them and its unit; its interconnect counts one direction."""
+
+
+def build(wheel: Path, out: Path) -> list[Path]:
+    """Fit all GPUs and write the tables.
+
+    Parameters
+    ----------
+    wheel : Path
+        The pinned wheel.
+    out : Path
+        ``data/hardware``.
+
+    Returns
+    -------
+    list of Path
+        Files written.
+    """
+    tables = open_wheel(wheel)
+    gpus = {name: load_accelerator(name) for name in tables}
+    fitted = {name: [*fit_gpu(name, tables[name], gpu), _elementwise(tables[name])] for name, gpu in gpus.items()}
+    fitted[ANY] = typical(fitted)
+    rows = [_row(name, constants) for name, own in fitted.items() for constants in sorted(own, key=_key)]
+    links = [
+        tables[name].all_reduce().assign(gpu=name, basis=f"comm, vLLM {tables[name].version('comm')}") for name in gpus
+    ]
+    link_table = pd.concat(links)[["gpu", "ranks", "message_bytes", "latency_us", "basis"]].round({"latency_us": 3})
+    written = {
+        KERNELS_FILE: pd.DataFrame(rows),
+        ALL_REDUCE_FILE: link_table,
+        DATASHEET_FILE: pd.concat([compare_datasheet(gpus[name], tables[name]) for name in gpus]),
+    }
+    for name, table in written.items():
+        write_atomically(out / name, table.to_csv(index=False, lineterminator="\n"))
+    return [out / name for name in written]
+
+
+def typical(fitted: dict[str, list[KernelConstants]]) -> list[KernelConstants]:
+    """Return the medians over GPUs; their residual is that of each GPU's kernels by the medians of the others.
+
+    The difference between GPUs is taken where both parts matter: at one half of the time from memory and one from compute.
+    """
+    groups: dict[tuple[str, str], list[KernelConstants]] = {}
+    for own in fitted.values():
+        for constants in own:
+            groups.setdefault((constants.kernel, constants.precision), []).append(constants)
+    return [_median(group) for group in groups.values()]
+
+
+def _median(group: list[KernelConstants]) -> KernelConstants:
+    def middle(of: list[KernelConstants]) -> KernelConstants:
+        numbers: dict[str, Any] = {n: float(np.median([getattr(c, n) for c in of])) for n in NUMBERS}
+        return replace(of[0], **numbers, n_rows=0, basis=f"median of {len(of)} GPUs")
+
+    others = [(one, middle([c for c in group if c is not one])) for one in group if len(group) > 1]
+    work = np.array([[10.0, 0.0], [100.0, 0.0], [100.0, 100.0], [0.0, 100.0]])  # microseconds at the datasheet's rates
+    errors = [np.log(o.time_us(*work.T, units=8.0) / one.time_us(*work.T, units=8.0)) for one, o in others]
+    between = float(np.sqrt(np.mean(np.square(errors)))) if errors else 0.0
+    whole = middle(group)
+    return replace(whole, residual_log_sd=float(np.hypot(whole.residual_log_sd, between)))
+
+
+def _elementwise(tables: KernelTables) -> KernelConstants:
+    """Small kernels: no vLLM table, so the wheel's own constants for memory-bound ones."""
+    sheet = tables.datasheet()
+    return KernelConstants(
+        ELEMENTWISE,
+        "bf16",
+        floor_us=float(sheet["mem_empirical_constant_latency"]) * US_PER_S,
+        bandwidth_share=float(sheet["mem_bw_empirical_scaling_factor"]),
+        residual_log_sd=0.3,
+        basis=f"{tables.system}.yaml: empirical latency and scaling of memory-bound kernels",
+    )
+
+
+def compare_datasheet(accelerator: Accelerator, tables: KernelTables) -> pd.DataFrame:
+    """Return our datasheet figures beside those of the wheel: `gpu`, `figure`, `ours`, `wheel`, `difference_percent`."""
+    sheet = tables.datasheet()
+    ours = {
+        "bf16_dense_tflops": accelerator.bf16_dense_flops / TERA,
+        "fp8_dense_tflops": (accelerator.fp8_dense_flops or np.nan) / TERA,
+        "fp4_dense_tflops": (accelerator.fp4_dense_flops or np.nan) / TERA,
+        "hbm_bandwidth_tb_s": accelerator.hbm_bandwidth / TERA,
+        "hbm_capacity_gb": accelerator.hbm_capacity_bytes / GIGA,
+        "interconnect_gb_s": accelerator.interconnect_bandwidth / GIGA / BYTES_PER_ACTIVATION,
+    }
+    rows = []
+    for figure, (key, unit) in FIGURES.items():
+        theirs = float(sheet.get(key, np.nan)) / unit
+        if not (np.isnan(theirs) or np.isnan(ours[figure])):
+            rows.append((accelerator.name, figure, ours[figure], theirs, 100.0 * (theirs / ours[figure] - 1.0)))
+    table = pd.DataFrame(rows, columns=["gpu", "figure", "ours", "wheel", "difference_percent"])
+    return table.round({"ours": 4, "wheel": 4, "difference_percent": 2})
+
+
+def _row(gpu: str, constants: KernelConstants) -> dict[str, object]:
+    numbers = {name: float(f"{getattr(constants, name):.{DIGITS}g}") for name in NUMBERS}
+    about = {"gpu": gpu, "kernel": constants.kernel, "precision": constants.precision}
+    return {**about, **numbers, "n_rows": constants.n_rows, "basis": constants.basis}
+
+
+def _key(constants: KernelConstants) -> tuple[str, str]:
+    return constants.kernel, constants.precision
+
+
+def fetch(folder: Path) -> Path:
+    """Download the wheel into a folder with pip, and return its path."""
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--no-deps",
+        "--only-binary=:all:",
+        "--dest",
+        str(folder),
+    ]
+    platform = ["--platform", "manylinux_2_28_x86_64", "--python-version", "3.11"]
+    subprocess.run([*command, *platform, REQUIREMENT], check=True)
+    return folder / WHEEL
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run ``python -m stepcal.kernels.build [--wheel FILE] [--out DIR]``."""
+    parser = argparse.ArgumentParser(prog="python -m stepcal.kernels.build", description=__doc__.split("\n")[0])
+    parser.add_argument("--wheel", type=Path, help=f"the file {WHEEL}; fetched if not given")
+    parser.add_argument("--out", type=Path, default=None, help="folder to write the tables to (data/hardware)")
+    given = parser.parse_args(arguments)
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            written = build(given.wheel or fetch(Path(folder)), given.out or data_folder() / "hardware")
+    except (InputError, subprocess.CalledProcessError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    print("\n".join(map(str, written)), file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
