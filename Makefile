@@ -6,6 +6,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 LOCK_TOOLS := _build/lock-tools
 PYTEST_ARGS ?=
+FUZZ_INPUTS ?= 20000
 
 # Where the traces are. Without them the book shows recorded results and says so.
 ifeq ($(strip $(STEPCAL_DATA)),)
@@ -23,7 +24,7 @@ export OPENBLAS_NUM_THREADS := 1
 export OMP_NUM_THREADS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup report test lab hooks data record lock clean
+.PHONY: help setup report test fuzz lab hooks data record lock clean
 
 help: ## show this list
 	@echo "stepcal: how long does one step of an LLM server take?"
@@ -52,6 +53,11 @@ test: $(INSTALLED) ## lint, formatting, types, import order, then the tests (mor
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+fuzz: $(INSTALLED) ## damage files and read them with every reader (FUZZ_INPUTS=100000 for a campaign)
+	cd tests && ../$(BIN)/python -m fuzz.campaign --inputs $(FUZZ_INPUTS) --keep ../_build/fuzz
+	@cd tests && if ../$(BIN)/python -c "import atheris" 2>/dev/null; then \
+		../$(BIN)/python -m fuzz.coverage_guided -max_total_time=60; else echo "atheris is not installed: skipped"; fi
 
 lab: $(INSTALLED) ## open the book's notebooks in JupyterLab
 	$(BIN)/jupyter lab book

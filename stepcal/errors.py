@@ -8,9 +8,15 @@ from __future__ import annotations
 
 import reprlib
 
+_LONGEST_MESSAGE = 2_000
+
 
 class StepcalError(Exception):
-    """Base of every error that stepcal raises on purpose."""
+    """Base of every error that stepcal raises on purpose; no input can make its message long."""
+
+    def __str__(self) -> str:
+        text = super().__str__()
+        return text if len(text) <= _LONGEST_MESSAGE else f"{text[:_LONGEST_MESSAGE]}..."
 
 
 class InputError(StepcalError, ValueError):
@@ -29,6 +35,8 @@ _SHOWN = reprlib.Repr()
 _SHOWN.maxlevel, _SHOWN.maxlist, _SHOWN.maxdict, _SHOWN.maxtuple = 2, 4, 4, 4
 _SHOWN.maxstring = _SHOWN.maxother = 80
 _MOST_DIGITS = 30
+_MOST_BITS = 14_000
+"""Below 4,300 digits, which Python still writes out."""
 
 
 def shown(value: object) -> str:
@@ -43,5 +51,8 @@ def shown(value: object) -> str:
     if callable(item) and getattr(value, "shape", None) == ():  # a NumPy scalar
         value = item()
     if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 10**_MOST_DIGITS:
-        return f"a whole number of more than {_MOST_DIGITS} digits"
+        if value.bit_length() > _MOST_BITS:
+            return "a whole number of thousands of digits"
+        text = str(value)
+        return f"{text[:_MOST_DIGITS]}... ({len(text.lstrip('-')):,} digits)"
     return _SHOWN.repr(value)

@@ -139,8 +139,9 @@ def read_parquet_file(path: Path) -> pd.DataFrame:
     """Read any parquet file, or raise an `InputError` that names it and says why it cannot be read."""
     try:
         return pq.read_table(path).to_pandas()
-    except (pa.ArrowException, OSError) as error:
-        reason = str(error).splitlines()[0]
+    except (pa.ArrowException, OSError, ValueError, TypeError, KeyError, LookupError, OverflowError) as error:
+        # Arrow's own, and what pandas makes of damaged metadata.
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise InputError(
             f"{path} cannot be read as parquet: {reason}. The file is corrupt or cut short: fetch or write it again."
         ) from error

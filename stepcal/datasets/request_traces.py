@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -327,7 +328,7 @@ def _times_us(values: pd.Series, unit_us: float, path: Path) -> np.ndarray:
         per_us = {"s": 1e6, "ms": 1e3, "us": 1.0, "ns": 1e-3}[cast(Any, parsed.dtype).unit]
         times = np.where(parsed.isna().to_numpy(), np.nan, numbers * per_us)
     else:
-        times = pd.to_numeric(values, errors="coerce").to_numpy(dtype=float) * unit_us
+        times = _numbers(values) * unit_us
     wrong = ~(np.abs(times) < MOST_TIME_US)
     if wrong.any():
         i = int(wrong.argmax())
@@ -337,8 +338,7 @@ def _times_us(values: pd.Series, unit_us: float, path: Path) -> np.ndarray:
 
 def _whole_numbers(values: pd.Series, name: str, path: Path, is_failed: np.ndarray) -> np.ndarray:
     """Lengths in tokens, shape (n,); 0 where a request failed and has none."""
-    plain = values.map(lambda v: v if isinstance(v, int | float | np.number) and not isinstance(v, bool) else np.nan)
-    numbers = (pd.to_numeric(values, errors="coerce") if values.dtype != object else plain).to_numpy(dtype=float)
+    numbers = _numbers(values)
     numbers = np.where(np.isnan(numbers) & is_failed, 0.0, numbers)
     wrong = ~((numbers >= 0) & (numbers <= MOST_TOKENS) & (numbers == np.floor(numbers)))
     if wrong.any():
@@ -347,6 +347,23 @@ def _whole_numbers(values: pd.Series, name: str, path: Path, is_failed: np.ndarr
             f"{path}, row {i + 1}: `{name}` is {shown(values.iloc[i])}; it must be a whole number of at least 0 tokens."
         )
     return numbers.astype(np.int64)
+
+
+def _numbers(values: pd.Series) -> np.ndarray:
+    """Values as floats, shape (n,); NaN for what is no number, or too large for one."""
+    if values.dtype != object and pd.api.types.is_numeric_dtype(values) and not pd.api.types.is_bool_dtype(values):
+        return values.to_numpy(dtype=float, na_value=np.nan)
+
+    def number(value: Any) -> float:
+        if isinstance(value, str):  # a column of CSV in which some cell is no number
+            try:
+                return float(value)
+            except ValueError:
+                return np.nan
+        is_number = isinstance(value, int | float | np.number) and not isinstance(value, bool)
+        return float(value) if is_number and abs(value) <= sys.float_info.max else np.nan
+
+    return np.array([number(value) for value in values], dtype=float)
 
 
 def _flags(raw: pd.DataFrame, path: Path) -> np.ndarray:

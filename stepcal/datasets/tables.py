@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections.abc import Callable, Iterable
 from typing import Any, cast
 
@@ -16,7 +17,7 @@ import numpy as np
 import pandas as pd
 import pandera.pandas as pa
 
-from stepcal.errors import InputError
+from stepcal.errors import InputError, shown
 
 LINE_INDEX = "line"
 """Name of a frame's index when it holds line numbers of the source file: errors then name the line, not the row."""
@@ -191,7 +192,7 @@ def _shown(value: Any) -> str:
         return "missing"
     if isinstance(value, np.generic):
         value = value.item()
-    return repr(value)
+    return shown(value)
 
 
 def _metadata(column: pa.Column) -> dict[str, str]:
@@ -256,7 +257,7 @@ def _numbers(values: pd.Series, column: pa.Column, places: _Places) -> pd.Series
     name, whole = str(values.name), _metadata(column)["kind"] == "integer"
     if pd.api.types.is_signed_integer_dtype(values):
         return values.astype("int64" if whole else "float64")
-    scalars = values.map(lambda value: value if pd.api.types.is_scalar(value) else "")
+    scalars = values.map(lambda value: value if _is_convertible(value) else "")
     numeric = pd.to_numeric(scalars if values.dtype == object else values, errors="coerce")
     wrong = (numeric.isna() & values.notna()).to_numpy()
     if pd.api.types.is_bool_dtype(values):
@@ -268,6 +269,11 @@ def _numbers(values: pd.Series, column: pa.Column, places: _Places) -> pd.Series
         position = int(wrong.argmax())
         raise places.error(position, name, values.iloc[position], "a whole number" if whole else _bound(column))
     return numeric.astype("int64" if whole else "float64")
+
+
+def _is_convertible(value: Any) -> bool:
+    """Whether pandas can turn a value into a number or say that it is none: no list, and no integer beyond floats."""
+    return bool(pd.api.types.is_scalar(value)) and not (isinstance(value, int) and abs(value) > sys.float_info.max)
 
 
 def _lists(values: pd.Series, places: _Places) -> pd.Series:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -10,6 +11,7 @@ from typing import Any, TypeVar
 import ijson
 import msgspec
 
+from stepcal.errors import shown
 from stepcal.ingest.formats import UnreadableError
 from stepcal.ingest.request_log import TEXT_LIMIT, Rejected
 
@@ -103,8 +105,9 @@ def number(value: Any, name: str) -> float:
     ValueError
         If it is none; the message names it.
     """
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ValueError(f"`{name}` is {value!r}; it must be a finite number")
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not abs(value) <= sys.float_info.max:
+        raise ValueError(f"`{name}` is {shown(value)}; it must be a finite number")
     return float(value)
 
 

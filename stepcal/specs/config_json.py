@@ -17,6 +17,7 @@ from stepcal.specs.model_types import MODEL_TYPES, MULTIMODAL_TYPES
 from stepcal.specs.weight_formats import read_weight_format
 
 MOST_LAYERS = 1_000
+MOST_HEADS = 10_000
 MOST_WIDTH = 10_000_000
 MOST_VOCABULARY = 100_000_000
 """Bounds far above any model: beyond them a file is corrupt, and its numbers would overflow."""
@@ -68,7 +69,7 @@ def read_fields(config: Mapping[str, Any], origin: str, max_model_len: int | Non
     _refuse_what_is_off(values)
     hidden = values.whole(*kind.hidden_size, most=MOST_WIDTH)
     layers = values.whole(*kind.num_layers, most=MOST_LAYERS)
-    heads = values.whole(*kind.num_attention_heads, most=MOST_WIDTH)
+    heads = values.whole(*kind.num_attention_heads, most=MOST_HEADS)
     head_dim = values.optional_whole(*kind.head_dim, most=MOST_WIDTH) or _divided(hidden, heads, values)
     kv_heads = _kv_heads(kind, values, heads)
     fields: dict[str, Any] = {

@@ -228,7 +228,7 @@ def test_factors_by_a_zero_utilisation_are_refused(tmp_path) -> None:
         pytest.param('{"variant": "affine", "parameters": []}', "has no parameters", id="empty"),
         pytest.param(
             '{"variant": "affine", "parameters": [{"name": "constant_us", "value": ' + "9" * 401 + "}]}",
-            "`constant_us` is a whole number of more than 30 digits; coefficients are finite",
+            r"`constant_us` is 9+\.\.\. \(401 digits\); coefficients are finite",
             id="401 digits",
         ),
         pytest.param('{"variant": "affine", "parameters": ' + "9" * 5000 + "}", "Exceeds the limit", id="5000 digits"),
