@@ -24,7 +24,7 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ sys.path[:0] = [str(TESTS / "simulator"), str(TESTS / "conformance")]
 import scenarios  # noqa: E402
 import torch  # noqa: E402
 import vllm_reference  # noqa: E402
-from random_scenarios import random_scenario, random_timed_scenario  # noqa: E402
+from random_scenarios import random_scenario, random_timed_scenario, with_groups  # noqa: E402
 from vllm import __version__ as vllm_version  # noqa: E402
 from vllm.config import (  # noqa: E402
     CacheConfig,
@@ -53,8 +53,16 @@ from vllm.v1.core.sched.output import SchedulerOutput  # noqa: E402
 from vllm.v1.engine import EngineCoreRequest  # noqa: E402
 from vllm.v1.engine.core import EngineCore  # noqa: E402
 from vllm.v1.executor.abstract import Executor  # noqa: E402
-from vllm.v1.kv_cache_interface import FullAttentionSpec  # noqa: E402
+from vllm.v1.kv_cache_interface import (  # noqa: E402
+    ChunkedLocalAttentionSpec,
+    FullAttentionSpec,
+    SlidingWindowSpec,
+)
 from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput  # noqa: E402
+
+# Releases whose KV cache for layers that differ in what they read is recorded, and how many scenarios of each kind.
+RELEASES_WITH_GROUPS = ("0.33.0",)
+N_RANDOM_GROUPS = 60
 
 # A step longer than any scenario means that the engine spins without progress.
 MAX_STEPS = 20_000
@@ -119,8 +127,45 @@ class DeviceBatch:
         self.end_us = end_us
 
 
+def layer_specs(kv_groups: list) -> dict[str, Any]:
+    """A layer for each group ``[kind, window]``; vLLM puts layers of one kind and window in groups of one layer each."""
+    specs: dict[str, Any] = {}
+    sizes = {"block_size": 16, "num_kv_heads": 1, "head_size": 8, "dtype": torch.float16}
+    for i, (kind, window) in enumerate(kv_groups):
+        if kind == "full":
+            specs[f"layer.{i}"] = FullAttentionSpec(**sizes)
+        elif kind == "sliding":
+            specs[f"layer.{i}"] = SlidingWindowSpec(**sizes, sliding_window=window)
+        else:
+            specs[f"layer.{i}"] = ChunkedLocalAttentionSpec(**sizes, attention_chunk_size=window)
+    return specs
+
+
+def random_groups(kind: Callable[[int], dict]) -> dict[str, list[dict]]:
+    """The random scenarios to record on models whose layers differ in what they read, for releases that have them."""
+    if vllm_version not in RELEASES_WITH_GROUPS:
+        return {}
+    return {"random_groups": [with_groups(kind(seed), seed) for seed in range(N_RANDOM_GROUPS)]}
+
+
+def groups_of(engine: EngineCore) -> list[list]:
+    """The groups that vLLM made of the layers, as ``[kind, window]``, in its order."""
+    groups = []
+    for group in engine.scheduler.kv_cache_config.kv_cache_groups:
+        spec = group.kv_cache_spec
+        if isinstance(spec, SlidingWindowSpec):
+            groups.append(["sliding", spec.sliding_window])
+        elif isinstance(spec, ChunkedLocalAttentionSpec):
+            groups.append(["chunked", spec.attention_chunk_size])
+        else:
+            groups.append(["full", 0])
+    return groups
+
+
 class VirtualDevice(Executor):
     """An executor without a device: prescribed tokens, a virtual clock, one batch at a time."""
+
+    kv_groups: list = [["full", 0]]  # noqa: RUF012  set before an engine is made
 
     def _init_executor(self) -> None:
         self.now_us = 0.0
@@ -141,7 +186,7 @@ class VirtualDevice(Executor):
         return 2 if self.scheduler_config.async_scheduling else 1
 
     def get_kv_cache_specs(self) -> list[dict]:
-        return [{"layer": FullAttentionSpec(block_size=16, num_kv_heads=1, head_size=8, dtype=torch.float16)}]
+        return [layer_specs(self.kv_groups)]
 
     def determine_available_memory(self) -> list[int]:
         return [1 << 40]  # never the limit: num_gpu_blocks_override is
@@ -260,7 +305,11 @@ def make_engine(
         device_config=DeviceConfig(device="cpu"),
         **settings,
     )
+    if "kv_groups" in config:  # a CPU has no hybrid KV cache of its own; what is recorded is a GPU's
+        vllm_config.scheduler_config.disable_hybrid_kv_cache_manager = False
+    device_class.kv_groups = config.get("kv_groups", [["full", 0]])
     engine = EngineCore(vllm_config, device_class, log_stats=False)
+    assert groups_of(engine) == device_class.kv_groups, groups_of(engine)
     assert engine.scheduler.kv_cache_manager.block_pool.num_gpu_blocks == config["num_gpu_blocks"]
     return engine
 
@@ -543,19 +592,27 @@ def first_difference(expected: dict, actual: dict) -> str | None:
     return None
 
 
+def random_plays(seed: int, model_dir: str) -> Iterator[tuple[dict, dict]]:
+    """Random scenarios as the real scheduler plays them, and as the reference does."""
+    scenarios_of_seed = [(random_scenario(seed), random_timed_scenario(seed))]
+    if vllm_version in RELEASES_WITH_GROUPS:
+        scenarios_of_seed.append(tuple(with_groups(scenario, seed) for scenario in scenarios_of_seed[0]))
+    for by_step, by_time in scenarios_of_seed:
+        recording = play(of_this_version(by_step), model_dir)
+        yield recording, vllm_reference.simulate(recording)
+        recording = play_timed(of_this_version(by_time), model_dir)
+        yield (
+            recording,
+            vllm_reference.simulate(recording, vllm_reference.affine_step_time_us(recording["step_time"])),
+        )
+
+
 def check(n_scenarios: int, first_seed: int, model_dir: str) -> int:
     """Compare the slow reference with the real scheduler on random scenarios; returns the number of differences."""
-    n_different = n_steps = n_preemptions = n_aborted = 0
+    n_different = n_played = n_steps = n_preemptions = n_aborted = 0
     for seed in range(first_seed, first_seed + n_scenarios):
-        step_recording = play(of_this_version(random_scenario(seed)), model_dir)
-        timed_recording = play_timed(of_this_version(random_timed_scenario(seed)), model_dir)
-        timed_reference = vllm_reference.simulate(
-            timed_recording, step_time_us=vllm_reference.affine_step_time_us(timed_recording["step_time"])
-        )
-        for recording, result in (
-            (step_recording, vllm_reference.simulate(step_recording)),
-            (timed_recording, timed_reference),
-        ):
+        for recording, result in random_plays(seed, model_dir):
+            n_played += 1
             n_steps += len(recording["steps"])
             n_preemptions += sum(o["preemptions"] for o in recording["outcome"])
             n_aborted += sum(o["status"] == "aborted" for o in recording["outcome"])
@@ -564,7 +621,7 @@ def check(n_scenarios: int, first_seed: int, model_dir: str) -> int:
                 n_different += 1
                 print(f"{recording['name']}: {difference}")
     print(
-        f"{n_scenarios} step-numbered and {n_scenarios} timed random scenarios: {n_steps} steps, "
+        f"vLLM {vllm_version}, {n_played} random scenarios of {n_scenarios} seeds: {n_steps} steps, "
         f"{n_preemptions} preemptions, {n_aborted} aborts; {n_different} differ",
         file=sys.stderr,
     )
@@ -591,8 +648,8 @@ def main() -> int:
             return 1 if check(arguments.check, arguments.first_seed, model_dir) else 0
         n_scenarios = n_bytes = 0
         for folder, player, groups in (
-            ("recordings", play, scenarios.groups()),
-            ("recordings_timed", play_timed, scenarios.timed_groups()),
+            ("recordings", play, {**scenarios.groups(), **random_groups(random_scenario)}),
+            ("recordings_timed", play_timed, {**scenarios.timed_groups(), **random_groups(random_timed_scenario)}),
         ):
             for group, members in groups.items():
                 recordings = [player(of_this_version(scenario), model_dir) for scenario in members]

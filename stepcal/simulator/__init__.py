@@ -5,7 +5,7 @@ It knows nothing of fits, architectures or plots: `simulate` takes a `RequestLis
 
 from stepcal.simulator.arrivals import LoadStage, empirical_lengths, fixed_lengths, generate_arrivals
 from stepcal.simulator.clients import Clients, stage_starts
-from stepcal.simulator.config import ServerConfig
+from stepcal.simulator.config import KvGroup, ServerConfig
 from stepcal.simulator.conversations import make_conversations
 from stepcal.simulator.engine import SimulationInterrupted, simulate
 from stepcal.simulator.inference_perf import read_workload
@@ -18,6 +18,7 @@ from stepcal.simulator.workload import RequestList, make_requests
 __all__ = [
     "Clients",
     "CompiledStepTime",
+    "KvGroup",
     "LoadStage",
     "RequestList",
     "ServerConfig",

@@ -10,19 +10,31 @@ from stepcal.simulator.layout import ANONYMOUS, Limits, Pool, Slots
 
 
 @inlined
-def _unlink(pool: Pool, entry: int) -> None:
+def unlink(pool: Pool, entry: int) -> None:
+    """Take an entry out of the free queue."""
     before, after = pool.entries.prev[entry], pool.entries.next[entry]
     pool.entries.next[before] = after
     pool.entries.prev[after] = before
 
 
 @inlined
-def _append(pool: Pool, entry: int) -> None:
+def append(pool: Pool, entry: int) -> None:
+    """Put an entry at the end of the free queue."""
     last = pool.entries.prev[0]
     pool.entries.next[last] = entry
     pool.entries.prev[entry] = last
     pool.entries.next[entry] = 0
     pool.entries.prev[0] = entry
+
+
+@inlined
+def prepend(pool: Pool, entry: int) -> None:
+    """Put an entry at the front of the free queue."""
+    first = pool.entries.next[0]
+    pool.entries.prev[entry] = 0
+    pool.entries.next[entry] = first
+    pool.entries.prev[first] = entry
+    pool.entries.next[0] = entry
 
 
 @inlined
@@ -38,7 +50,7 @@ def _give_spare(pool: Pool, entry: int) -> None:
 
 
 @inlined
-def _forget(pool: Pool, entry: int) -> None:
+def forget(pool: Pool, entry: int) -> None:
     """A cached block is taken for something else: its prefix loses this copy."""
     node = pool.entries.node[entry]
     before, after = pool.entries.same_prev[entry], pool.entries.same_next[entry]
@@ -60,8 +72,8 @@ def take_blocks(pool: Pool, n_blocks: int) -> None:
         entry = pool.entries.next[0]
         node = pool.entries.node[entry]
         if node >= 0:
-            _unlink(pool, entry)
-            _forget(pool, entry)
+            unlink(pool, entry)
+            forget(pool, entry)
             _give_spare(pool, entry)
             n_blocks -= 1
         elif pool.entries.count[entry] > n_blocks:
@@ -71,7 +83,7 @@ def take_blocks(pool: Pool, n_blocks: int) -> None:
             n_blocks -= pool.entries.count[entry]
             if node != ANONYMOUS:
                 pool.ghost[-2 - node] = 0
-            _unlink(pool, entry)
+            unlink(pool, entry)
             _give_spare(pool, entry)
 
 
@@ -88,7 +100,7 @@ def free_anonymous(pool: Pool, n_blocks: int) -> None:
     entry = _take_spare(pool)
     pool.entries.node[entry] = ANONYMOUS
     pool.entries.count[entry] = n_blocks
-    _append(pool, entry)
+    append(pool, entry)
 
 
 @inlined
@@ -105,10 +117,7 @@ def free_unfindable(limits: Limits, pool: Pool, n_blocks: int) -> None:
     entry = _take_spare(pool)
     pool.entries.node[entry] = ANONYMOUS
     pool.entries.count[entry] = n_blocks
-    pool.entries.prev[entry] = 0
-    pool.entries.next[entry] = first
-    pool.entries.prev[first] = entry
-    pool.entries.next[0] = entry
+    prepend(pool, entry)
 
 
 @inlined
@@ -118,7 +127,7 @@ def free_keyed(pool: Pool, slots: Slots, slot: int) -> None:
         entry = slots.blocks[slot, j]
         pool.entries.references[entry] -= 1
         if pool.entries.references[entry] == 0:
-            _append(pool, entry)
+            append(pool, entry)
             pool.n.free += 1
     slots.rows.n_keyed[slot] = 0
 
@@ -132,7 +141,7 @@ def free_ghost(pool: Pool, slot: int, n_blocks: int) -> None:
     pool.entries.node[entry] = -2 - slot
     pool.entries.count[entry] = n_blocks
     pool.ghost[slot] = entry
-    _append(pool, entry)
+    append(pool, entry)
     pool.n.free += n_blocks
 
 
@@ -149,7 +158,7 @@ def touch_ghost(pool: Pool, slot: int) -> None:
     """A resumed request takes back its own blocks."""
     entry = pool.ghost[slot]
     pool.n.free -= pool.entries.count[entry]
-    _unlink(pool, entry)
+    unlink(pool, entry)
     _give_spare(pool, entry)
     pool.ghost[slot] = 0
 
@@ -186,7 +195,7 @@ def touch(pool: Pool, slots: Slots, slot: int, n_hits: int) -> None:
     for j in range(n_hits):
         entry = slots.blocks[slot, j]
         if pool.entries.references[entry] == 0:
-            _unlink(pool, entry)
+            unlink(pool, entry)
             pool.n.free -= 1
         pool.entries.references[entry] += 1
     slots.rows.n_keyed[slot] = n_hits

@@ -5,7 +5,9 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from stepcal.errors import InputError, NotModelledError, shown
-from stepcal.simulator.versions import OLDEST, VllmRelease, release_of
+from stepcal.simulator.versions import NEWEST, OLDEST, VllmRelease, release_of
+
+KV_KINDS = ("full", "sliding", "chunked")
 
 MOST = {"max_num_seqs": 10**6, "max_num_batched_tokens": 2**24, "max_model_len": 10**9, "block_size": 10**6}
 MOST_BLOCKS = 2**27
@@ -21,13 +23,42 @@ NOT_MODELLED: dict[str, tuple[Any, str]] = {
     "enable_expert_parallel": (False, "expert parallelism"),
     "speculative_config": (None, "speculative decoding"),
     "enable_lora": (False, "LoRA adapters"),
-    "sliding_window": (None, "sliding-window attention"),
+    "sliding_window": (None, "a window as an engine argument, without the layers that have it; give `kv_groups`"),
     "kv_transfer_config": (None, "KV connectors"),
     "kv_offloading_size": (None, "a pool in GiB, which needs the model; give its blocks as `offload_blocks`"),
     "scheduling_policy": ("fcfs", "scheduling policies other than first come, first served"),
     "enable_chunked_prefill": (True, "scheduling without chunked prefill"),
     "long_prefill_token_threshold": (0, "a threshold for long prefills"),
 }
+
+
+@dataclass(frozen=True)
+class KvGroup:
+    """A group of layers that share blocks: all read the same of what lies before a token.
+
+    Parameters
+    ----------
+    kind : {"full", "sliding", "chunked"}
+    window : int
+        Tokens that a layer reads, the present one included ("sliding"), or of a chunk ("chunked"); 0 for "full".
+
+    Raises
+    ------
+    InputError
+        If the kind is unknown, or a window is missing or given in vain.
+    """
+
+    kind: str = "full"
+    window: int = 0
+
+    def __post_init__(self) -> None:
+        if self.kind not in KV_KINDS:
+            raise InputError(f"`kind` of a KV group is {self.kind!r}; it must be one of {', '.join(KV_KINDS)}.")
+        if self.window < 0 or (self.window < 2) != (self.kind == "full"):
+            raise InputError(
+                f"`window` of a KV group of kind `{self.kind}` is {self.window}; a window needs at least 2 tokens, and "
+                "full attention has none (0)."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +85,9 @@ class ServerConfig:
         Whether a step is scheduled while the one before it runs (vLLM's default).
     vllm_version : str
         Release of vLLM, see `stepcal.simulator.versions`. By default 0.15.1, which the study's runs had.
+    kv_groups : tuple of KvGroup
+        Groups of layers where layers differ in what they read (hybrid KV cache), in vLLM's order; by default one, with
+        full attention. Windows are all alike.
 
     Raises
     ------
@@ -72,9 +106,11 @@ class ServerConfig:
     offload_blocks: int = 0
     async_scheduling: bool = True
     vllm_version: str = OLDEST
+    kv_groups: tuple[KvGroup, ...] = (KvGroup(),)
 
     def __post_init__(self) -> None:
         release_of(self.vllm_version)
+        self._check_groups()
         for name in ("max_num_seqs", "max_num_batched_tokens", "max_model_len", "block_size"):
             value = getattr(self, name)
             if value < 1:
@@ -102,6 +138,35 @@ class ServerConfig:
     def usable_blocks(self) -> int:
         """KV blocks that requests can hold."""
         return self.kv_blocks - 1
+
+    def _check_groups(self) -> None:
+        windows = {group for group in self.kv_groups if group.kind != "full"}
+        if not self.kv_groups:
+            raise InputError("`kv_groups` is empty; a model has at least one group of layers.")
+        if len(windows) > 1:
+            raise NotModelledError(
+                f"`kv_groups` has windows of {len(windows)} kinds; groups with windows are modelled where they are alike."
+            )
+        if windows and not self.release.has_recorded_groups:
+            raise NotModelledError(
+                f"`kv_groups` has windows, which are modelled for vLLM {NEWEST} (`vllm_version` is {self.vllm_version}): "
+                "their KV cache was recorded there."
+            )
+
+    @property
+    def has_groups(self) -> bool:
+        """Whether layers differ in what they read, or all have a window."""
+        return len(self.kv_groups) > 1 or self.kv_groups[0].kind != "full"
+
+    def most_blocks(self, group: KvGroup, n_tokens: int) -> int:
+        """Blocks that a request of `n_tokens` holds at most at one time in a group, as vLLM's admission counts them."""
+        blocks = -(-n_tokens // self.block_size)
+        if group.kind == "full":
+            return blocks
+        in_flight = (2 if self.async_scheduling else 1) * self.max_num_batched_tokens
+        before = group.window - 1 if group.kind == "sliding" else group.window
+        most = -(-min(before + in_flight, self.max_model_len) // self.block_size)
+        return min(blocks, most + 1 if group.kind == "sliding" else most)
 
     @property
     def release(self) -> VllmRelease:

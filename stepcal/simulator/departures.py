@@ -3,10 +3,11 @@
 import numpy as np
 
 from stepcal.simulator import layout as at
-from stepcal.simulator.blocks import drop_ghost, free_anonymous, free_keyed, free_unfindable, register
+from stepcal.simulator.blocks import drop_ghost, free_anonymous, free_keyed, free_unfindable
 from stepcal.simulator.compilation import compiled, inlined
+from stepcal.simulator.groups import forget_private, free_groups
 from stepcal.simulator.layout import Limits, Pool, Requests, Slots, State
-from stepcal.simulator.scheduling import blocks_of, find_next_finish, full_blocks, stop_decoding
+from stepcal.simulator.scheduling import blocks_of, find_next_finish, full_blocks, register_blocks, stop_decoding
 from stepcal.simulator.sending import leave, push_arrival
 
 
@@ -47,6 +48,29 @@ def _follow_up(limits: Limits, requests: Requests, state: State, request: int, n
     push_arrival(requests, state, due, follower)
 
 
+@inlined
+def _free_all(
+    limits: Limits, requests: Requests, slots: Slots, pool: Pool, slot: int, n_blocks: int, n_full: int
+) -> None:
+    """A running request gives back its blocks, of which `n_full` are full and their tokens known."""
+    if limits.has_groups:
+        free_groups(pool, slots, slot)
+        _forget_own(limits, requests, slots, pool, slot)
+        return
+    free_unfindable(limits, pool, n_blocks - n_full)
+    free_anonymous(pool, n_full - slots.rows.n_keyed[slot])
+    free_keyed(pool, slots, slot)
+
+
+@inlined
+def _forget_own(limits: Limits, requests: Requests, slots: Slots, pool: Pool, slot: int) -> None:
+    """Nobody can hit the blocks any more that only an ended request could."""
+    if limits.has_groups:
+        forget_private(limits, pool, slots, slot, requests.rows.chain[slots.rows.request[slot]])
+    else:
+        drop_ghost(pool, slot)
+
+
 @compiled
 def finish_requests(
     limits: Limits, requests: Requests, slots: Slots, pool: Pool, state: State, call: int, now_us: float
@@ -62,18 +86,16 @@ def finish_requests(
             continue
         request = slots.rows.request[slot]
         kv_tokens = slots.rows.prompt[slot] + slots.rows.output[slot] - 1
-        register(pool, slots, slot, requests.rows.chain[request], kv_tokens // limits.block_size)
         n_full = kv_tokens // limits.block_size
-        free_unfindable(limits, pool, blocks_of(kv_tokens, limits.block_size) - n_full)
-        free_anonymous(pool, n_full - slots.rows.n_keyed[slot])
-        free_keyed(pool, slots, slot)
+        register_blocks(limits, pool, slots, slot, requests.rows.chain[request], n_full)
+        _free_all(limits, requests, slots, pool, slot, blocks_of(kv_tokens, limits.block_size), n_full)
         _finish(limits, requests, slots, state, slot, now_us)
     state.n_running = n_kept
     i = 0
     while i < state.n_preempted:  # preempted while its last token was in flight
         slot = slots.preempted[i]
         if slots.rows.generated[slot] == slots.rows.output[slot] and slots.rows.finish_call[slot] == call:
-            drop_ghost(pool, slot)
+            _forget_own(limits, requests, slots, pool, slot)
             _remove_preempted(slots, state, i)
             _finish(limits, requests, slots, state, slot, now_us)
         else:
@@ -136,7 +158,7 @@ def _abort_admitted(limits: Limits, requests: Requests, slots: Slots, pool: Pool
             if slots.rows.first_call[slot] > last_output:
                 requests.rows.first_token_us[request] = np.nan
                 requests.rows.generated_tokens[request] = 0
-            drop_ghost(pool, slot)
+            _forget_own(limits, requests, slots, pool, slot)
             _remove_preempted(slots, state, i)
             _free_slot(slots, state, slot)
             return
@@ -157,9 +179,7 @@ def _abort_admitted(limits: Limits, requests: Requests, slots: Slots, pool: Pool
         n_full = computed // limits.block_size
         state.prefill_slot = -1
     n_full = max(n_full, slots.rows.n_keyed[slot])
-    free_unfindable(limits, pool, blocks_of(computed, limits.block_size) - n_full)
-    free_anonymous(pool, n_full - slots.rows.n_keyed[slot])
-    free_keyed(pool, slots, slot)
+    _free_all(limits, requests, slots, pool, slot, blocks_of(computed, limits.block_size), n_full)
     state.n_running -= 1
     for j in range(i, state.n_running):
         slots.running[j] = slots.running[j + 1]

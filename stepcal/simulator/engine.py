@@ -36,6 +36,7 @@ _COMPILED_MODULES = (
     "layout",
     "compilation",
     "blocks",
+    "groups",
     "scheduling",
     "sending",
     "departures",
@@ -190,8 +191,8 @@ class EngineRun:
         prefixes = prefixes_of(requests, server)
         us_per_unit = 1.0 if count_calls else US_PER_S
         self.requests = lay_out_requests(requests, clients, server, prefixes.chain, api_before_us, us_per_unit)
-        self.slots = lay_out_slots(server, prefixes.max_blocks, requests.n_stages)
-        self.pool = lay_out_pool(server, prefixes)
+        self.slots = lay_out_slots(server, requests, prefixes.max_blocks)
+        self.pool = lay_out_pool(server, requests, prefixes)
         self.recorder = StepRecorder(
             server, requests.n_stages, record_steps, seed, keep_empty=keep_empty, asks=self.asks
         )

@@ -58,7 +58,7 @@ def _schedule_decoding(
     call = state.n_calls
     n_needed = slots.crossings[call % limits.block_size]
     n_preempted = 0
-    if n_needed > pool.n.free:
+    if limits.has_groups or n_needed > pool.n.free:
         # Every token scheduled so far exists by the end of the batch in flight.
         last_token_us = state.flight_end_us[0] if state.n_in_flight else state.now_us
         n_preempted = schedule_short_of_blocks(limits, requests, slots, pool, state, record, last_token_us)
@@ -131,7 +131,7 @@ def _schedule(
             _add_to_batch(slots, batch, slot, chunk, state.n_calls)
         else:
             n_preempted += 1
-    if state.n_keyed_outputs:
+    if state.n_keyed_outputs or limits.has_groups:
         state.is_blocked = 0
     if n_preempted == 0:  # a call that preempts admits nobody
         _admit_waiting(limits, requests, slots, pool, state, record, batch, budget)

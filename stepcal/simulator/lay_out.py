@@ -7,7 +7,7 @@ import numpy as np
 from stepcal.errors import InputError
 from stepcal.simulator import layout as at
 from stepcal.simulator.clients import Clients
-from stepcal.simulator.config import ServerConfig
+from stepcal.simulator.config import KV_KINDS, ServerConfig
 from stepcal.simulator.layout import Int32Array, Limits, Pool, Requests, Slots, State
 from stepcal.simulator.prefix import PrefixTable, find_shared_prefixes, no_prefixes
 from stepcal.simulator.workload import RequestList
@@ -36,6 +36,7 @@ def limits_of(
         max_jump=at.NEVER if max_jump is None else max_jump,
         needs_duration=int(asks),
         has_caching=int(server.enable_prefix_caching),
+        has_groups=int(server.has_groups),
         admits_whole_sequences=int(server.release.admits_whole_sequences),
         reuses_unfindable_first=int(server.release.reuses_unfindable_blocks_first),
         api_after_us=float(api_after_us),
@@ -127,6 +128,9 @@ def _check_fits(requests: RequestList, prompt_tokens: Any, server: ServerConfig)
         )
     # The last output token is never computed, so it needs no KV.
     n_blocks = -(-(total - 1) // server.block_size)
+    if server.has_groups:
+        lengths, which = np.unique(total - 1, return_inverse=True)
+        n_blocks = np.array([sum(server.most_blocks(g, n) for g in server.kv_groups) for n in lengths.tolist()])[which]
     if (n_blocks > server.usable_blocks).any():
         i = int(np.argmax(n_blocks > server.usable_blocks))
         raise InputError(
@@ -151,15 +155,20 @@ def prefixes_of(requests: RequestList, server: ServerConfig) -> PrefixTable:
     )
 
 
-def lay_out_slots(server: ServerConfig, max_keyed_blocks: int, n_stages: int) -> Slots:
+def lay_out_slots(server: ServerConfig, requests: RequestList, max_keyed_blocks: int) -> Slots:
     """All slots free."""
-    n = server.max_num_seqs
+    n, n_stages = server.max_num_seqs, requests.n_stages
+    n_groups = len(server.kv_groups)
+    n_blocks = table_blocks(server, requests) if server.has_groups else 0
     rows = np.zeros(n, at.SLOT_ROW)
     for name in ("chunk_call", "finish_call"):
         rows[name] = -1
     return Slots(
         rows=rows,
         blocks=np.zeros((n, max(1, max_keyed_blocks)), np.int32),
+        table=np.zeros((n, n_groups, n_blocks), np.int32),
+        table_len=np.zeros((n, n_groups), np.int32),
+        first_live=np.zeros((n, n_groups), np.int32),
         free=np.arange(n - 1, -1, -1, dtype=np.int32),
         running=np.zeros(n, np.int32),
         running_finish=np.zeros(n, np.int64),
@@ -170,8 +179,23 @@ def lay_out_slots(server: ServerConfig, max_keyed_blocks: int, n_stages: int) ->
     )
 
 
-def lay_out_pool(server: ServerConfig, prefixes: PrefixTable) -> Pool:
-    """All blocks free, as one run."""
+def table_blocks(server: ServerConfig, requests: RequestList) -> int:
+    """Blocks of the longest request."""
+    longest = int((requests.prompt_tokens + requests.output_tokens).max(initial=0))
+    return longest // server.block_size + 1
+
+
+def _lay_out_groups(server: ServerConfig) -> Any:
+    groups = np.zeros(len(server.kv_groups), at.GROUP_ROW)
+    for row, group in zip(groups, server.kv_groups, strict=True):
+        row["kind"], row["window"] = KV_KINDS.index(group.kind), group.window
+        row["need"] = -(-(group.window - 1) // server.block_size) if group.kind == "sliding" else 0
+        row["most_blocks"] = server.most_blocks(group, server.max_model_len)
+    return groups
+
+
+def lay_out_pool(server: ServerConfig, requests: RequestList, prefixes: PrefixTable) -> Pool:
+    """All blocks free: as one run, or, where layers differ in what they read, one by one."""
     n = server.usable_blocks + 2
     entries = np.zeros(n, at.ENTRY_ROW)
     entries["node"] = at.ANONYMOUS
@@ -179,13 +203,21 @@ def lay_out_pool(server: ServerConfig, prefixes: PrefixTable) -> Pool:
     # Row 0 is the sentinel, row 1 the run of all blocks.
     entries["next"][0] = entries["prev"][0] = 1
     entries["count"][1] = server.usable_blocks
+    n_nodes = prefixes.n_nodes
+    if server.has_groups:
+        order = np.arange(n - 1)
+        entries["next"][:-1], entries["prev"][:-1] = np.roll(order, -1), np.roll(order, 1)
+        entries["count"] = 1
+        n_nodes = len(server.kv_groups) * (n_nodes + server.max_num_seqs * table_blocks(server, requests))
     counts = at.one_row(at.BLOCK_COUNTS)
     counts.free, counts.spare = server.usable_blocks, n - 2
     segments = np.zeros(prefixes.segment_end.size, at.SEGMENT_ROW)
     segments["offset"], segments["end"] = prefixes.segment_offset, prefixes.segment_end
     return Pool(
         entries=entries,
-        nodes=np.zeros(prefixes.n_nodes, at.NODE_ROW),
+        nodes=np.zeros(n_nodes, at.NODE_ROW),
+        groups=_lay_out_groups(server),
+        n_full_groups=sum(group.kind == "full" for group in server.kv_groups),
         chain_start=prefixes.chain_start,
         segments=segments,
         ghost=np.zeros(server.max_num_seqs, np.int32),

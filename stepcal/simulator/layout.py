@@ -123,6 +123,7 @@ class Limits(NamedTuple):
     max_jump: int  # most decode steps advanced at once
     needs_duration: int  # 1: the caller supplies every step's duration
     has_caching: int
+    has_groups: int  # 1: layers differ in what they read, see `groups`
     admits_whole_sequences: int  # see `versions.VllmRelease`
     reuses_unfindable_first: int
     api_after_us: float
@@ -177,6 +178,7 @@ SLOT_ROW = np.dtype(
         ("chunk", np.int32),  # tokens of the last chunk
         ("n_keyed", np.int32),  # cached blocks at the front of the block table
         ("keyed_limit", np.int32),  # blocks that other requests can hit
+        ("shared_prefix", np.int32),  # cached blocks that a sliding window could not go on from, see `groups`
         ("state", np.int32),
     ],
     align=True,
@@ -194,6 +196,20 @@ ENTRY_ROW = np.dtype(
         ("same_next", np.int32),  # cached copies of the same prefix, oldest first
         ("same_prev", np.int32),
         ("spare", np.int32),  # stack of unused rows
+    ],
+    align=True,
+)
+
+# Kinds of attention of a group of layers.
+FULL, SLIDING, CHUNKED = 0, 1, 2
+
+# One row a group of layers.
+GROUP_ROW = np.dtype(
+    [
+        ("kind", np.int32),
+        ("window", np.int32),  # tokens of the window or chunk
+        ("need", np.int32),  # blocks before a position that a sliding window needs to go on from there
+        ("most_blocks", np.int32),  # that a request holds at most at one time
     ],
     align=True,
 )
@@ -225,6 +241,9 @@ class Slots(NamedTuple):
 
     rows: Rows  # SLOT_ROW
     blocks: Int32Array  # (slots, blocks): entries of the cached blocks
+    table: Int32Array  # (slots, groups, blocks): entries of all blocks, 0 for none, where layers differ
+    table_len: Int32Array  # (slots, groups)
+    first_live: Int32Array  # (slots, groups): blocks at the front that a window has left behind
     free: Int32Array  # stack of free slots
     running: Int32Array  # slots in the order of vLLM's running list
     running_finish: IntArray  # their finish_call (NEVER while prefilling)
@@ -245,6 +264,8 @@ class Pool(NamedTuple):
     nodes: Rows  # NODE_ROW
     chain_start: IntArray  # see `prefix.PrefixTable`
     segments: Rows  # SEGMENT_ROW
+    groups: Rows  # GROUP_ROW: one row, full attention, unless layers differ; see `groups`
+    n_full_groups: int
     ghost: Int32Array  # per slot: the entry of a preempted request's own cached blocks, or 0
     n: Any  # BLOCK_COUNTS
 

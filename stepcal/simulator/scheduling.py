@@ -20,7 +20,34 @@ from stepcal.simulator.blocks import (
     touch_ghost,
 )
 from stepcal.simulator.compilation import compiled, inlined
+from stepcal.simulator.groups import (
+    allocate_running,
+    blocks_missing,
+    find_hits,
+    free_groups,
+    register_groups,
+    take_hits,
+    take_new,
+)
 from stepcal.simulator.layout import Limits, Pool, Record, Requests, Slots, State
+
+
+@inlined
+def tokens_in_flight(slots: Slots, state: State, slot: int) -> int:
+    """Tokens of a running request in the batch before this call, if its output is not processed yet."""
+    before = state.n_calls - 1
+    if before <= state.last_output:
+        return 0
+    return slots.rows.chunk[slot] if slots.rows.chunk_call[slot] == before else 1
+
+
+@inlined
+def register_blocks(limits: Limits, pool: Pool, slots: Slots, slot: int, chain: int, n_full: int) -> None:
+    """Let others find a request's blocks up to `n_full`."""
+    if limits.has_groups:
+        register_groups(limits, pool, slots, slot, chain, n_full)
+    else:
+        register(pool, slots, slot, chain, n_full)
 
 
 @inlined
@@ -139,12 +166,15 @@ def _preempt_last(limits: Limits, requests: Requests, slots: Slots, pool: Pool, 
     slots.rows.state[slot] = at.SLOT_PREEMPTED
     n_blocks = blocks_of(computed, limits.block_size)
     n_keyed = slots.rows.n_keyed[slot]
-    if limits.has_caching:
+    if limits.has_groups:
+        free_groups(pool, slots, slot)
+    elif limits.has_caching:
         free_unfindable(limits, pool, n_blocks - max(n_full, n_keyed))
         free_ghost(pool, slot, n_full - n_keyed)
     else:
         free_anonymous(pool, n_blocks)
-    free_keyed(pool, slots, slot)
+    if not limits.has_groups:
+        free_keyed(pool, slots, slot)
     slots.rows.known[slot] = slots.rows.prompt[slot] + slots.rows.generated[slot]
     slots.preempted[state.n_preempted] = slot
     state.n_preempted += 1
@@ -177,8 +207,19 @@ def schedule_short_of_blocks(
     while i < state.n_running:
         slot = slots.running[i]
         if slots.rows.state[slot] == at.SLOT_DECODE and slots.rows.finish_call[slot] >= call:
-            if (slots.rows.base[slot] + call) % limits.block_size == 0:
-                victim = -1
+            victim = -1
+            computed = slots.rows.base[slot] + call
+            if limits.has_groups:
+                in_flight = tokens_in_flight(slots, state, slot)
+                while victim != slot and not allocate_running(
+                    limits, pool, slots, state, slot, computed, computed + 1, in_flight
+                ):
+                    victim = _preempt_last(limits, requests, slots, pool, state, last_token_us)
+                    note_preemption(record, state, slots.rows.request[victim])
+                    n_preempted += 1
+                if victim == slot:
+                    break
+            elif computed % limits.block_size == 0:
                 while pool.n.free == 0 and victim != slot:
                     victim = _preempt_last(limits, requests, slots, pool, state, last_token_us)
                     note_preemption(record, state, slots.rows.request[victim])
@@ -186,13 +227,8 @@ def schedule_short_of_blocks(
                 if victim == slot:
                     break
                 take_blocks(pool, 1)
-            register(
-                pool,
-                slots,
-                slot,
-                requests.rows.chain[slots.rows.request[slot]],
-                (slots.rows.base[slot] + call + lag) // limits.block_size,
-            )
+            chain = requests.rows.chain[slots.rows.request[slot]]
+            register_blocks(limits, pool, slots, slot, chain, (computed + lag) // limits.block_size)
         i += 1
     return n_preempted
 
@@ -220,12 +256,18 @@ def schedule_prefill(
     request = slots.rows.request[slot]
     computed = slots.rows.computed[slot]
     chunk = min(slots.rows.known[slot] - computed, budget)
-    n_new = blocks_of(computed + chunk, limits.block_size) - blocks_of(computed, limits.block_size)
-    if n_new > pool.n.free:
+    if limits.has_groups:
+        in_flight = tokens_in_flight(slots, state, slot)
+        fits = allocate_running(limits, pool, slots, state, slot, computed, computed + chunk, in_flight)
+    else:
+        n_new = blocks_of(computed + chunk, limits.block_size) - blocks_of(computed, limits.block_size)
+        fits = n_new <= pool.n.free
+        if fits:
+            take_blocks(pool, n_new)
+    if not fits:
         _preempt_last(limits, requests, slots, pool, state, np.nan)
         note_preemption(record, state, request)
         return 0
-    take_blocks(pool, n_new)
     _add_chunk(limits, requests, slots, pool, state, slot, computed, chunk)
     if slots.rows.state[slot] == at.SLOT_DECODE:
         state.prefill_slot = -1
@@ -248,7 +290,7 @@ def _add_chunk(
     slots.rows.chunk[slot] = chunk
     slots.rows.chunk_call[slot] = state.n_calls
     slots.rows.computed[slot] = computed + chunk
-    register(pool, slots, slot, requests.rows.chain[request], (computed + chunk) // limits.block_size)
+    register_blocks(limits, pool, slots, slot, requests.rows.chain[request], (computed + chunk) // limits.block_size)
     if computed + chunk == slots.rows.known[slot]:
         start_decoding(slots, state, slot, limits.block_size, requests.rows.stage[request])
 
@@ -271,22 +313,10 @@ def head_of_queue(requests: Requests, slots: Slots, state: State) -> int:
 
 
 @inlined
-def admit(
-    limits: Limits, requests: Requests, slots: Slots, pool: Pool, state: State, slot: int, budget: int
-) -> tuple[int, int]:
-    """Admit the head of the queue if its first chunk fits.
-
-    Returns
-    -------
-    chunk, cached_tokens
-        Tokens to compute in this call and tokens found in the prefix cache; a chunk of 0 if the blocks do not suffice.
-    """
-    request = slots.rows.request[slot]
-    chain = requests.rows.chain[request]
-    block_size = limits.block_size
-    known = slots.rows.known[slot]
-    max_blocks = (known - 1) // block_size
-    n_hits, n_evictable = find_cached(pool, slots, slot, chain, max_blocks)
+def _take_first_blocks(limits: Limits, slots: Slots, pool: Pool, slot: int, chain: int, budget: int) -> tuple[int, int]:
+    """Cached and new blocks for a request's first chunk: its tokens and those cached, or (0, 0) if it does not fit."""
+    block_size, known = limits.block_size, slots.rows.known[slot]
+    n_hits, n_evictable = find_cached(pool, slots, slot, chain, (known - 1) // block_size)
     n_own = 0
     if pool.ghost[slot]:
         n_own = pool.entries.count[pool.ghost[slot]]
@@ -300,6 +330,47 @@ def admit(
     if n_own:
         touch_ghost(pool, slot)
     take_blocks(pool, n_new)
+    return chunk, cached
+
+
+@compiled
+def _take_first_blocks_of_groups(
+    limits: Limits, slots: Slots, pool: Pool, slot: int, chain: int, budget: int
+) -> tuple[int, int]:
+    """The same where layers differ in what they read."""
+    known = slots.rows.known[slot]
+    n_hits = find_hits(limits, pool, slots, slot, chain, known)
+    cached = n_hits * limits.block_size
+    chunk = min(known - cached, budget)
+    if (
+        blocks_missing(limits, pool, slots, slot, known, n_hits, 1) > pool.n.free
+        or blocks_missing(limits, pool, slots, slot, cached + chunk, n_hits, 0) > pool.n.free
+    ):
+        return 0, 0
+    take_hits(limits, pool, slots, slot, n_hits)
+    take_new(limits, pool, slots, slot, cached + chunk)
+    return chunk, cached
+
+
+@inlined
+def admit(
+    limits: Limits, requests: Requests, slots: Slots, pool: Pool, state: State, slot: int, budget: int
+) -> tuple[int, int]:
+    """Admit the head of the queue if its first chunk fits.
+
+    Returns
+    -------
+    chunk, cached_tokens
+        Tokens to compute in this call and tokens found in the prefix cache; a chunk of 0 if the blocks do not suffice.
+    """
+    request = slots.rows.request[slot]
+    chain = requests.rows.chain[request]
+    if limits.has_groups:
+        chunk, cached = _take_first_blocks_of_groups(limits, slots, pool, slot, chain, budget)
+    else:
+        chunk, cached = _take_first_blocks(limits, slots, pool, slot, chain, budget)
+    if chunk == 0:
+        return 0, 0
     if state.n_preempted:
         state.n_preempted -= 1
     else:

@@ -43,6 +43,8 @@ class VllmRelease:
         Default share of the GPU's memory that the server takes.
     default_limits : tuple of DefaultLimits
         By the GPU's memory, most first.
+    has_recorded_groups : bool
+        Whether the KV cache of layers that differ in what they read was recorded.
     offloads_prompts_only : bool
         Whether KV offloading stores the blocks of prompts alone (`offload_prompt_only`).
     """
@@ -53,6 +55,7 @@ class VllmRelease:
     gpu_memory_utilization: float
     default_limits: tuple[DefaultLimits, ...]
     offloads_prompts_only: bool
+    has_recorded_groups: bool = False
 
     def limits_on(self, accelerator: str, memory_gib: float) -> DefaultLimits:
         """The limits of a server that was given none, on a GPU by name and memory as the driver reports it.
@@ -100,6 +103,7 @@ RELEASES = (
         gpu_memory_utilization=0.92,
         default_limits=(_LARGEST, _LARGE, _SMALL),
         offloads_prompts_only=True,
+        has_recorded_groups=True,
     ),
 )
 """Recorded releases, oldest first."""

@@ -163,6 +163,34 @@ def random_scenario(seed: int) -> dict:
     return {"name": f"random-{seed}", "config": _config(rng, requests), "requests": requests}
 
 
+def most_blocks(kind: str, window: int, n_tokens: int, config: dict) -> int:
+    """Blocks that a request of `n_tokens` holds at most at one time in a group, as vLLM's admission counts them."""
+    blocks = -(-n_tokens // BLOCK_SIZE)
+    if kind == "full":
+        return blocks
+    in_flight = (2 if config["async_scheduling"] else 1) * config["max_num_batched_tokens"]
+    n = min(window + in_flight - (1 if kind == "sliding" else 0), config["max_model_len"])
+    return min(blocks, -(-n // BLOCK_SIZE) + (1 if kind == "sliding" else 0))
+
+
+def with_groups(scenario: dict, seed: int) -> dict:
+    """The scenario on a model whose layers differ in what they read, with few blocks; for vLLM 0.33.0."""
+    rng = random.Random(seed + 7)
+    kind = rng.choice(("sliding", "sliding", "chunked"))
+    window = rng.choice((16, 17, 32, 33, 48, 64, 100, 128) if kind == "sliding" else (16, 32, 64, 128))
+    groups: list[list] = [["full", 0]] + [[kind, window]] * rng.choice((1, 1, 2, 3))
+    if rng.random() < 0.1:
+        groups = groups[1:2]  # all layers have the window
+    config = {**scenario["config"], "vllm_version": "0.33.0", "kv_groups": groups}
+    needed = [
+        sum(most_blocks(k, w, num_tokens(r["prompt_segments"]) + r["output_tokens"], config) for k, w in groups)
+        for r in scenario["requests"]
+    ]
+    room = rng.choice((0, 1, rng.randint(0, max(1, sum(needed) // 3)), sum(needed)))
+    config["num_gpu_blocks"] = max(needed) + 1 + room
+    return {**scenario, "name": f"groups-{scenario['name']}", "config": config}
+
+
 def random_timed_scenario(seed: int) -> dict:
     """A random scenario on a clock: arrivals and aborts in microseconds, and an affine step time.
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from stepcal.simulator import CompiledStepTime, RequestList, ServerConfig, make_requests
+from stepcal.simulator import CompiledStepTime, KvGroup, RequestList, ServerConfig, make_requests
 from stepcal.simulator import layout as at
 from stepcal.simulator.engine import EngineRun
 
@@ -33,6 +33,7 @@ def server_of(config: dict) -> ServerConfig:
         enable_prefix_caching=config["enable_prefix_caching"],
         async_scheduling=config["async_scheduling"],
         vllm_version=config.get("vllm_version", "0.15.1"),
+        kv_groups=tuple(KvGroup(kind, window) for kind, window in config.get("kv_groups", [["full", 0]])),
     )
 
 

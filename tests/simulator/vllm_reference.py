@@ -61,6 +61,9 @@ class Request:
     in_flight: int = 0  # output tokens that a step in flight will sample: counted already, their value unknown
     blocks: list["Block"] = field(default_factory=list)
     n_registered: int = 0  # leading blocks that other requests can find
+    tokens_in_flight: int = 0  # of steps whose output was not processed
+    group_blocks: list[list] = field(default_factory=list)  # by group of layers, see `reference_groups`
+    shared_prefix: int = 0
     preemptions: int = 0
 
     @property
@@ -274,7 +277,12 @@ class Scheduler:
         self.max_num_seqs: int = config["max_num_seqs"]
         self.max_num_batched_tokens: int = config["max_num_batched_tokens"]
         self.rules = RULES[config.get("vllm_version", "0.15.1")]
-        self.pool = BlockPool(config, self.rules)
+        if "kv_groups" in config:
+            from reference_groups import GroupedPool
+
+            self.pool: BlockPool = GroupedPool(config, self.rules)
+        else:
+            self.pool = BlockPool(config, self.rules)
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []  # in order of admission
         self.n_steps = 0
@@ -378,6 +386,7 @@ class Scheduler:
     def _commit(request: Request, new_tokens: int) -> tuple[Request, int, int, bool]:
         computed_before = request.kv_len
         request.kv_len += new_tokens
+        request.tokens_in_flight += new_tokens
         samples = request.kv_len == len(request.tokens) + request.in_flight
         if samples:
             request.in_flight += 1
@@ -386,7 +395,8 @@ class Scheduler:
     def process_output(self, step: Step) -> list[Request]:
         """Append the tokens that a step has sampled, end what is complete, return who got one in batch order."""
         emitted: list[Request] = []
-        for request, _, _, samples in step.rows:
+        for request, new_tokens, _, samples in step.rows:
+            request.tokens_in_flight -= new_tokens
             if not samples or not request.is_alive:
                 continue  # a chunk of a prompt, or aborted while the step was in flight
             request.append_output()
@@ -643,5 +653,6 @@ def check_fits(description: dict, config: dict) -> None:
         )
     # The last output token is never fed back, so it needs no KV slot.
     needed = -(-(prompt_tokens + output_tokens - 1) // config["block_size"])
-    if needed > config["num_gpu_blocks"] - 1:
+    has_window = "kv_groups" in config  # a request then holds other numbers of blocks in each group
+    if needed > config["num_gpu_blocks"] - 1 and not has_window:
         raise ValueError(f"request {index}: needs {needed} KV blocks, usable are {config['num_gpu_blocks'] - 1}")

@@ -1,0 +1,99 @@
+"""Layers that differ in what they read: equal to the slow reference on random scenarios, and bounded by the window."""
+
+import os
+
+import numpy as np
+import pytest
+import vllm_reference
+from random_scenarios import random_scenario, random_timed_scenario, with_groups
+from scenario_adapter import play_calls, play_timed
+from test_conformance import assert_same
+
+from stepcal.errors import InputError, NotModelledError
+from stepcal.simulator import CompiledStepTime, KvGroup, ServerConfig, make_requests, simulate
+from stepcal.simulator.versions import NEWEST
+
+N_CASES = int(os.environ.get("STEPCAL_RANDOM_CASES", "150"))
+_BATCH = 25
+BATCHES = [range(first, min(first + _BATCH, N_CASES)) for first in range(0, N_CASES, _BATCH)]
+STEP_TIME = CompiledStepTime(constant_us=1000.0, requests_us=10.0)
+
+
+@pytest.mark.parametrize("seeds", BATCHES, ids=lambda seeds: f"{seeds.start}-{seeds.stop - 1}")
+def test_calls_equal_those_of_the_reference(seeds: range) -> None:
+    for seed in seeds:
+        scenario = with_groups(random_scenario(seed), seed)
+        assert_same(play_calls(scenario), vllm_reference.simulate(scenario))
+
+
+@pytest.mark.parametrize("seeds", BATCHES, ids=lambda seeds: f"{seeds.start}-{seeds.stop - 1}")
+def test_times_equal_those_of_the_reference(seeds: range) -> None:
+    for seed in seeds:
+        scenario = with_groups(random_timed_scenario(seed), seed)
+        expected = vllm_reference.simulate(scenario, vllm_reference.affine_step_time_us(scenario["step_time"]))
+        assert_same(play_timed(scenario), expected)
+        assert_same(play_timed(scenario, record=False), {**expected, "steps": []})
+
+
+def server(*groups: KvGroup, kv_blocks: int = 5000, **changes: object) -> ServerConfig:
+    return ServerConfig(kv_blocks=kv_blocks, vllm_version=NEWEST, kv_groups=groups or (KvGroup(),), **changes)
+
+
+@pytest.mark.parametrize("n_groups", [1, 3])
+def test_a_window_that_never_slides_costs_its_blocks_and_nothing_else(n_groups: int) -> None:
+    """With as many blocks for each group, a model with windows longer than any request is a model without."""
+    rng = np.random.default_rng(1)
+    prompts = [[(i % 5, 40), (100 + i, 30 + i)] for i in range(40)]
+    requests = make_requests(np.sort(rng.uniform(0.0, 3.0, 200)), prompts, 50)
+    windows = [KvGroup("sliding", 4096)] * n_groups
+    plain = simulate(requests, server(kv_blocks=120, enable_prefix_caching=False), STEP_TIME)
+    several = server(KvGroup(), *windows, kv_blocks=119 * (n_groups + 1) + 1, enable_prefix_caching=False)
+    assert simulate(requests, several, STEP_TIME).rows["finish_us"].tobytes() == plain.rows["finish_us"].tobytes()
+
+
+def test_a_window_bounds_what_a_request_holds() -> None:
+    requests = make_requests([0.0], [[(0, 1000)]], 2000)
+    result = simulate(requests, server(KvGroup("sliding", 128)), STEP_TIME, record_steps=1.0)
+    held = 4999 - result.step_table()["kv_blocks_free"].to_numpy()
+    assert held[100:].max() <= 128 // 16 + 1
+    chunked = simulate(requests, server(KvGroup("chunked", 512)), STEP_TIME, record_steps=1.0)
+    assert (4999 - chunked.step_table()["kv_blocks_free"].to_numpy())[100:].max() <= 512 // 16 + 1
+
+
+def test_a_prefix_is_hit_where_its_window_was_kept() -> None:
+    """The same prompt again: all of it but for its last block, though the window's blocks of its middle are gone."""
+    requests = make_requests([0.0, 5.0], [[(0, 800)]], 40)
+    result = simulate(requests, server(KvGroup(), KvGroup("sliding", 64)), STEP_TIME)
+    assert result.rows["cached_tokens"].tolist() == [0, 784]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"kind": "latent"}, InputError, "must be one of"),
+        ({"kind": "sliding", "window": 0}, InputError, "at least 2 tokens"),
+        ({"kind": "full", "window": 64}, InputError, "full attention has none"),
+    ],
+)
+def test_bad_groups_are_refused(arguments: dict, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        KvGroup(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"kv_groups": ()}, InputError, "at least one group"),
+        ({"kv_groups": (KvGroup("sliding", 64), KvGroup("sliding", 32))}, NotModelledError, "are alike"),
+        ({"kv_groups": (KvGroup("sliding", 64),), "vllm_version": "0.24.0"}, NotModelledError, "recorded there"),
+    ],
+)
+def test_groups_that_are_not_modelled_are_refused(changes: dict, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        ServerConfig(**{"kv_blocks": 100, "vllm_version": NEWEST, **changes})
+
+
+def test_a_request_that_can_never_be_admitted_is_refused() -> None:
+    requests = make_requests([0.0], [[(0, 100)]], 5)
+    with pytest.raises(InputError, match="can never fit"):
+        simulate(requests, server(KvGroup(), KvGroup("sliding", 64), kv_blocks=12), STEP_TIME)
