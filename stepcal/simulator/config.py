@@ -23,7 +23,7 @@ NOT_MODELLED: dict[str, tuple[Any, str]] = {
     "enable_expert_parallel": (False, "expert parallelism"),
     "speculative_config": (None, "speculative decoding"),
     "enable_lora": (False, "LoRA adapters"),
-    "sliding_window": (None, "a window as an engine argument, without the layers that have it; give `kv_groups`"),
+    "sliding_window": (None, "sliding-window attention without the layers that have it; give `kv_groups`"),
     "kv_transfer_config": (None, "KV connectors"),
     "kv_offloading_size": (None, "a pool in GiB, which needs the model; give its blocks as `offload_blocks`"),
     "scheduling_policy": ("fcfs", "scheduling policies other than first come, first served"),

@@ -334,7 +334,7 @@ def test_bad_servers_are_refused(arguments: dict, message: str) -> None:
         ("enable_lora", True, "LoRA"),
         ("sliding_window", 4096, "sliding-window"),
         ("kv_transfer_config", {"kv_connector": "x"}, "KV connectors"),
-        ("vllm_version", "0.16.0", "vLLM versions other than 0.15.1"),
+        ("vllm_version", "0.11.0", "older than the oldest release"),
     ],
 )
 def test_what_is_not_modelled_is_refused_by_name(name: str, value: object, what: str) -> None:
