@@ -15,7 +15,7 @@ def report(
         str, typer.Option("--source", help="measured (recorded where traces are missing) or simulated.")
     ] = "measured",
     data: Annotated[
-        Path | None, typer.Option("--data", help="Folder with the traces. Default: the one that STEPCAL_DATA names.")
+        Path | None, typer.Option("--data", help="Folder with the traces, or of your own runs. Default: STEPCAL_DATA.")
     ] = None,
     jobs: Annotated[int, typer.Option("--jobs", min=1, help="Notebooks that run at once.")] = 2,
     only: Annotated[

@@ -25,6 +25,7 @@ from stepcal.report import fingerprint, staging
 from stepcal.report.execution import Executed, PageCache, ReportError, code_cells, execute, install_kernel, run_attached
 from stepcal.report.execution import with_outputs as _with_outputs
 from stepcal.report.finishing import Facts, finish
+from stepcal.report.own_server import is_own_server, own_root
 from stepcal.report.printing import print_book
 from stepcal.report.progress import BuildProgress
 from stepcal.report.rendering import render
@@ -71,7 +72,8 @@ def build_report(
     source : str
         Passed to every notebook: ``measured``, or ``simulated`` for a book on simulated rows that says so on every page.
     data : Path, optional
-        Folder with the traces; by default the one that STEPCAL_DATA names.
+        Folder with the traces; by default the one that STEPCAL_DATA names. A folder of one's own runs (what `stepcal ingest`
+        wrote, with an ``exp-config.yaml``) makes the book about that server instead.
     jobs : int
         Notebooks that run at once.
     only : str, optional
@@ -102,6 +104,9 @@ def build_report(
         os.environ["STEPCAL_DATA"] = str(data.resolve())
     with only_builder(output):
         recover(output / "html")
+        if data is not None and is_own_server(data):
+            root = own_root(output / "work" / "own_server")
+            settings = {**(settings or {}), "folder": str(data.resolve())}
         pages = _pages(root, {**(settings or {}), "source": source})
         shown = staging.page_path(root, only).stem if only else Path(staging.read_toc(root)[0]).stem
         asyncio.run(_Build(root, output, jobs, pdf).run(pages, shown if only else None))

@@ -73,6 +73,10 @@ def _choice(names: Callable[[], tuple[str, ...]], *, none: bool = False) -> Call
     return problem
 
 
+def _text(value: object) -> str:
+    return "" if isinstance(value, str) and value else "is not a text"
+
+
 def _folder(value: object) -> str:
     if value is None:
         return ""
@@ -109,6 +113,8 @@ PARAMETERS: dict[str, Parameter] = {
         _choice(lambda: MEASURED_OR_SIMULATED),
     ),
     "data": Parameter("str", "folder with the traces; None takes STEPCAL_DATA", _folder),
+    "folder": Parameter("str", "folder that `stepcal ingest` wrote, with an exp-config.yaml", _folder),
+    "coefficients": Parameter("str", "coefficients by name, or a coefficient file", _text),
     "seed": Parameter("int", "of everything random on the page; 0 to 4,294,967,295", _whole(0, 2**32 - 1)),
     "n_resamples": Parameter("int", "of the block bootstrap; 20 to 100,000", _whole(20, 100_000)),
     "n_seeds": Parameter("int", "simulated servers of each kind; 2 to 200", _whole(2, 200)),
