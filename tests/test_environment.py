@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import hashlib
-import importlib.util
 import os
 import re
 import subprocess
@@ -14,6 +13,7 @@ from types import ModuleType
 
 import pytest
 import yaml
+from loaded_tools import load_tool
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -28,12 +28,7 @@ def _read(name: str) -> str:
 
 @pytest.fixture(scope="module")
 def tool() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("environment_from_lock", ROOT / "tools/environment_from_lock.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_tool("environment_from_lock")
 
 
 @pytest.fixture(scope="module")

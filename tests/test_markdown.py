@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+from loaded_tools import load_tool
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted(
@@ -18,12 +18,7 @@ PAGES = sorted(
 
 @pytest.fixture(scope="module")
 def tool() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("one_sentence_a_line", ROOT / "tools/one_sentence_a_line.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_tool("one_sentence_a_line")
 
 
 def test_the_pages_are_found():
