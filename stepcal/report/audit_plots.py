@@ -1,47 +1,60 @@
-"""Figures of the label audit and of the rebuilt batches: tables in, matplotlib figures out."""
+"""Figures of the label audit and of the rebuilt batches: tables in, figures at two widths out."""
 
 from __future__ import annotations
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import seaborn as sns
 from matplotlib.figure import Figure
 
-from stepcal.report.plots import PALETTE, WIDE, _finished, _legend_outside, short_name
-from stepcal.units import US_PER_MS, US_PER_S
+from stepcal.report.plots import short_name
+from stepcal.report.theme import (
+    COLOURS,
+    FAINT,
+    categories,
+    drawn_twice,
+    figure_legend,
+    legend_above,
+    panels,
+    plain_logarithm,
+)
+from stepcal.units import US_PER_MS
 
+US_PER_S = 1e6
 POOLED = "pooled"
 CONTENDED_FACTOR = 3.0
 """Times a run's smallest label a request above which a bin is left out: the offload pool is full there."""
+MANY_POINTS = 400
+"""A scatter shows every n-th point beyond so many: a vector figure keeps each of them."""
 
 
-def label_and_interval(by_running: pd.DataFrame) -> Figure:
+@drawn_twice
+def label_and_interval(narrow: bool, by_running: pd.DataFrame) -> Figure:
     """Median and 10-90% band of the label and of the interval against the batch, a traced run a panel."""
     table = by_running[by_running["experiment_id"] != POOLED]
     runs = sorted(table["experiment_id"].unique())
-    figure, panels = plt.subplots(1, len(runs), figsize=(10, 3.8), sharey=True, squeeze=False)
-    for axes, run in zip(panels[0], runs, strict=True):
+    figure, axes = panels(narrow, 2.0 if narrow else 2.7, across=len(runs), share_y=True, share_x=narrow)
+    for panel, run in zip(axes, runs, strict=True):
         for (quantity, name), colour in zip(
-            {"interval": "interval between steps", "label": "step.duration_us"}.items(),
-            sns.color_palette(PALETTE),
-            strict=False,
+            {"interval": "interval between steps", "label": "the study's label"}.items(), COLOURS, strict=False
         ):
             own = table[(table["experiment_id"] == run) & (table["quantity"] == quantity)].sort_values("requests")
-            axes.fill_between(own["requests"], own["p10_us"], own["p90_us"], color=colour, alpha=0.2, lw=0)
-            axes.plot(own["requests"], own["median_us"], "o-", ms=4, color=colour, label=name)
-        axes.set(yscale="log", title=short_name(run), xlabel="requests in the batch")
-    panels[0][0].set_ylabel("µs (median, 10-90%)")
-    panels[0][-1].legend(fontsize="small", loc="lower right")
-    figure.tight_layout()
-    return _finished(figure)
+            panel.fill_between(own["requests"], own["p10_us"], own["p90_us"], color=colour, alpha=0.2, lw=0)
+            panel.plot(own["requests"], own["median_us"], "o-", ms=4, color=colour, label=name)
+        panel.set(yscale="log", title=short_name(run))
+    for panel in axes[-1:] if narrow else axes:
+        panel.set_xlabel("requests in the batch")
+    axes[0].set_ylabel("µs")
+    figure_legend(figure, axes[0], columns=1 if narrow else 2)
+    return figure
 
 
-def schedule_timing(timing: pd.DataFrame, by_running: pd.DataFrame, *, at_most: float = 60) -> Figure:
+@drawn_twice
+def schedule_timing(narrow: bool, timing: pd.DataFrame, by_running: pd.DataFrame, *, at_most: float = 60) -> Figure:
     """``schedule()`` of the real vLLM, timed on a CPU, beside the median label of the public traces.
 
     Parameters
     ----------
+    narrow : bool
     timing : DataFrame
         Recorded by ``tools/time_vllm_schedule.py``.
     by_running : DataFrame
@@ -49,10 +62,9 @@ def schedule_timing(timing: pd.DataFrame, by_running: pd.DataFrame, *, at_most: 
     at_most : float
         Requests up to which the label is shown; bins above `CONTENDED_FACTOR` are left out.
     """
-    figure, axes = plt.subplots(figsize=WIDE)
+    figure, (axes,) = panels(narrow, 3.2)
     alone = timing[(timing["waiting"] == 0) & (timing["busy_threads"] == 0)]
-    colours = sns.color_palette(PALETTE)
-    for (function, own), colour in zip(alone.groupby("function", sort=True), (colours[0], colours[7]), strict=False):
+    for (function, own), colour in zip(alone.groupby("function", sort=True), (COLOURS[0], FAINT), strict=False):
         axes.fill_between(own["running"], own["p10_us"], own["p90_us"], color=colour, alpha=0.2, lw=0)
         axes.plot(own["running"], own["p50_us"], "-", color=colour, label=f"{function}(), our CPU, no GPU")
     labels = by_running[
@@ -60,95 +72,84 @@ def schedule_timing(timing: pd.DataFrame, by_running: pd.DataFrame, *, at_most: 
         & (by_running["experiment_id"] != POOLED)
         & (by_running["requests"] <= at_most)
     ]
-    for (run, own), colour, marker in zip(labels.groupby("experiment_id"), colours[1:], "os^", strict=False):
+    for (run, own), colour, marker in zip(labels.groupby("experiment_id"), COLOURS[1:], "os^", strict=False):
         quiet = own[own["per_request_us"] < CONTENDED_FACTOR * own["per_request_us"].min()]
-        axes.plot(
-            quiet["requests"],
-            quiet["median_us"],
-            marker,
-            ms=7,
-            color=colour,
-            label=f"step.duration_us, {short_name(str(run))}",
-        )
-    axes.set(xlabel="running requests, all decoding", ylabel="µs (median, 10-90%)", xlim=(0, None), ylim=(0, None))
-    axes.legend(fontsize="small")
-    return _finished(figure)
+        name = f"label, {short_name(str(run))}"
+        axes.plot(quiet["requests"], quiet["median_us"], marker, ms=6, color=colour, label=name)
+    axes.set(xlabel="running requests, all decoding", ylabel="µs", xlim=(0, None), ylim=(0, None))
+    legend_above(axes, columns=1 if narrow else 2)
+    return figure
 
 
-def label_by_run(by_run: pd.DataFrame) -> Figure:
+@drawn_twice
+def label_by_run(narrow: bool, by_run: pd.DataFrame) -> Figure:
     """Label (median, 10-90%) and decode interval of all 16 runs."""
     table = by_run.sort_values(["overloaded", "label_median_us"], ascending=[True, True])
     y = np.arange(len(table))
-    colours = sns.color_palette(PALETTE)
-    figure, axes = plt.subplots(figsize=(8.5, 5.2))
+    figure, (axes,) = panels(narrow, 4.4)
     error = np.vstack(
         [table["label_median_us"] - table["label_p10_us"], table["label_p90_us"] - table["label_median_us"]]
     )
-    axes.errorbar(
-        table["label_median_us"] / US_PER_MS, y, xerr=error / US_PER_MS, fmt="o", ms=4, capsize=2, color=colours[1],
-        label="step.duration_us (median, 10-90%)",
-    )  # fmt: skip
-    axes.plot(
-        table["interval_median_us"] / US_PER_MS, y, "D", ms=5, color=colours[0], label="decode interval of requests"
+    median, interval = table["label_median_us"] / US_PER_MS, table["interval_median_us"] / US_PER_MS
+    axes.errorbar(median, y, xerr=error / US_PER_MS, fmt="o", ms=4, color=COLOURS[1], label="label (median, 10-90%)")
+    axes.plot(interval, y, "D", ms=5, color=COLOURS[0], label="decode interval of requests")
+    categories(
+        axes,
+        [short_name(r) + (" *" if o else "") for r, o in zip(table["experiment_id"], table["overloaded"], strict=True)],
     )
-    names = [
-        short_name(r) + (" (overloaded)" if o else "")
-        for r, o in zip(table["experiment_id"], table["overloaded"], strict=True)
-    ]
-    axes.set_yticks(y, names)
-    axes.set(xscale="log", xlabel="ms")
-    axes.legend(fontsize="small", loc="upper left")
-    return _finished(figure)
+    axes.set(xscale="log", xlabel="ms (* overloaded)")
+    plain_logarithm(axes)
+    legend_above(axes, columns=1 if narrow else 2)
+    return figure
 
 
-def rebuilt_window(window: pd.DataFrame) -> Figure:
+@drawn_twice
+def rebuilt_window(narrow: bool, window: pd.DataFrame) -> Figure:
     """Running queue around the change of load, as traced and as rebuilt from requests, a traced run a panel."""
     runs = sorted(window["experiment_id"].unique())
-    figure, panels = plt.subplots(len(runs), 1, figsize=(9, 2.3 * len(runs)), sharex=False, squeeze=False)
-    colours = sns.color_palette(PALETTE)
-    for axes, run in zip(panels[:, 0], runs, strict=True):
+    figure, axes = panels(narrow, 1.7, down=len(runs))
+    for panel, run in zip(axes, runs, strict=True):
         own = window[window["experiment_id"] == run]
         seconds = own["time_us"] / US_PER_S
-        axes.step(
-            seconds, own["running_depth_rebuilt"], where="post", lw=1, color=colours[0], label="rebuilt from requests"
-        )
-        axes.plot(seconds, own["running_depth_traced"], ".", ms=4, color=colours[1], label="traced by the server")
-        axes.set(title=short_name(run), ylabel="running requests")
-    panels[0][0].legend(fontsize="small", loc="upper left")
-    panels[-1][0].set_xlabel("seconds since the first request")
-    figure.tight_layout()
-    return _finished(figure)
+        rebuilt = own["running_depth_rebuilt"]
+        panel.step(seconds, rebuilt, where="post", lw=1, color=COLOURS[0], label="rebuilt from requests")
+        panel.plot(seconds, own["running_depth_traced"], ".", ms=4, color=COLOURS[1], label="traced by the server")
+        panel.set(title=short_name(run), ylabel="running")
+    figure_legend(figure, axes[0], columns=1 if narrow else 2)
+    axes[-1].set_xlabel("seconds since the first request")
+    return figure
 
 
-def rebuilt_blocks(scatter: pd.DataFrame) -> Figure:
+@drawn_twice
+def rebuilt_blocks(narrow: bool, scatter: pd.DataFrame) -> Figure:
     """Cache blocks in use, rebuilt against traced, a traced run a colour."""
-    figure, axes = plt.subplots(figsize=(5.2, 4.6))
-    for (run, own), colour in zip(scatter.groupby("experiment_id"), sns.color_palette(PALETTE), strict=False):
-        axes.plot(
-            own["kv_blocks_traced"], own["kv_blocks_rebuilt"], ".", ms=4, color=colour, label=short_name(str(run))
-        )
+    figure, (axes,) = panels(narrow, 3.3)
+    for (run, own), colour in zip(scatter.groupby("experiment_id"), COLOURS, strict=False):
+        few = own.iloc[:: max(1, len(own) // MANY_POINTS)]
+        name = short_name(str(run))
+        axes.plot(few["kv_blocks_traced"], few["kv_blocks_rebuilt"], ".", ms=4, color=colour, label=name)
     top = float(scatter["kv_blocks_traced"].max())
-    axes.plot([0, top], [0, top], color="0.4", lw=1)
-    axes.set(xlabel="blocks in use, traced", ylabel="blocks in use, rebuilt")
-    axes.legend(fontsize="small")
-    return _finished(figure)
+    axes.plot([0, top], [0, top], color=FAINT, lw=1)
+    axes.set(xlabel="KV blocks in use, traced", ylabel="rebuilt")
+    legend_above(axes, columns=1 if narrow else 3)
+    return figure
 
 
-def overload(table: pd.DataFrame) -> Figure:
+@drawn_twice
+def overload(narrow: bool, table: pd.DataFrame) -> Figure:
     """Decoding and waiting requests of the overloaded runs over time; what rests on the assumption is dashed."""
     runs = sorted(table["experiment_id"].unique())
-    figure, panels = plt.subplots(2, len(runs), figsize=(11, 4.6), sharex=True, sharey="row", squeeze=False)
-    colours = sns.color_palette(PALETTE)
-    for column, run in enumerate(runs):
+    figure, axes = panels(narrow, 1.9, across=2, down=(len(runs) + 1) // 2, share_y=True)
+    for panel, run in zip(axes, runs, strict=False):
         own = table[table["experiment_id"] == run]
-        above, below = panels[:, column]
-        above.plot(own["time_s"], own["decoding"], "--", color=colours[1], label="with failed requests, assumed")
-        above.plot(own["time_s"], own["decoding_completed"], color=colours[0], label="completed requests")
-        below.plot(own["time_s"], own["waiting"], color=colours[2])
-        above.set_title(short_name(run), fontsize="small")
-        below.set(xlabel="s")
-    panels[0][0].set_ylabel("decoding requests")
-    panels[1][0].set_ylabel("waiting requests")
-    _legend_outside(panels[0][-1])
-    figure.tight_layout()
-    return _finished(figure)
+        panel.plot(own["time_s"], own["waiting"], color=COLOURS[2], label="waiting")
+        panel.plot(own["time_s"], own["decoding_completed"], color=COLOURS[0], label="decoding, completed later")
+        panel.plot(own["time_s"], own["decoding"], "--", color=COLOURS[1], label="decoding, with failed (assumed)")
+        panel.set(title=short_name(run), yscale="symlog", ylim=(0, None))
+    for panel in axes[len(runs) :]:
+        panel.set_visible(False)
+    for panel in axes[-1:] if narrow else axes[-2:]:
+        panel.set_xlabel("seconds")
+    axes[0].set_ylabel("requests")
+    figure_legend(figure, axes[0], columns=1 if narrow else 3)
+    return figure

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import seaborn as sns
 from matplotlib.figure import Figure
 
-from stepcal.report.plots import PALETTE, WIDE, _finished, _legend_outside
+from stepcal.report.theme import (
+    COLOURS,
+    FAINT,
+    categories,
+    drawn_twice,
+    figure_legend,
+    panels,
+    plain_logarithm,
+)
 from stepcal.studies.attribution import CORRECTED, FOLDS, PUBLISHED, REQUEST, STEP, VARIANTS
 from stepcal.studies.controlled import LIMIT_PERCENT
 
@@ -37,37 +43,42 @@ FAULT_NAMES = {
 }
 
 
-def attribution(summary: pd.DataFrame) -> Figure:
+@drawn_twice
+def attribution(narrow: bool, summary: pd.DataFrame) -> Figure:
     """Mean MAPE of each model by distance from its training, a panel for each level and label; runs without overload."""
-    panels = ((STEP, PUBLISHED), (STEP, CORRECTED), (REQUEST, CORRECTED))
-    figure, axes = plt.subplots(1, len(panels), figsize=(11, 4.2), sharey=True)
-    for panel, (level, label) in zip(axes, panels, strict=True):
+    shown = ((STEP, PUBLISHED), (STEP, CORRECTED), (REQUEST, CORRECTED))
+    figure, axes = panels(narrow, 2.2 if narrow else 3.0, across=len(shown), share_y=True, share_x=True)
+    for panel, (level, label) in zip(axes, shown, strict=True):
         own = summary[(summary["level"] == level) & (summary["label"] == label) & ~summary["overloaded"]]
-        for variant, colour in zip(VARIANTS, sns.color_palette(PALETTE), strict=False):
+        for variant, colour in zip(VARIANTS, COLOURS, strict=False):
             line = own[own["variant"] == variant].set_index("fold")["mape_percent"].reindex(list(FOLDS))
             panel.plot(range(len(FOLDS)), line, "o-", ms=5, color=colour, label=VARIANT_WORDS[variant])
-        panel.set_xticks(range(len(FOLDS)), [FOLD_NAMES[f] for f in FOLDS], rotation=30, ha="right")
         panel.set(yscale="log", title=f"{label} label, per {level}")
+        panel.set_xticks(
+            range(len(FOLDS)), [FOLD_NAMES[f].replace(", ", ",\n") for f in FOLDS], rotation=35, ha="right"
+        )
+        plain_logarithm(panel)
     axes[0].set_ylabel("MAPE (%), mean over runs")
-    _legend_outside(axes[-1])
-    figure.tight_layout()
-    return _finished(figure)
+    figure_legend(figure, axes[0], columns=1 if narrow else 3)
+    return figure
 
 
-def faults(table: pd.DataFrame) -> Figure:
-    """Error of the numbers and of the mean E2E for each fault, with the study's limit."""
-    own = table.iloc[::-1]
-    y = np.arange(len(own))
-    figure, axes = plt.subplots(figsize=WIDE)
-    colours = sns.color_palette(PALETTE)
-    for column, name, marker, colour in (
-        ("parameter_error_percent", "learned numbers (median)", "s", colours[1]),
-        ("step_mape_percent", "step time (MAPE)", "^", colours[2]),
-        ("e2e_error_percent", "mean E2E, closed loop", "o", colours[0]),
+@drawn_twice
+def faults(narrow: bool, table: pd.DataFrame) -> Figure:
+    """Error of the parameters and of the mean E2E for each fault, with the study's limit."""
+    figure, axes = panels(narrow, 2.7, across=2, share_y=not narrow)
+    y = np.arange(len(table))
+    for panel, column, title in zip(
+        axes,
+        ("parameter_error_percent", "e2e_error_percent"),
+        ("error of the parameters (%, median)", "error of mean E2E (%, mean)"),
+        strict=True,
     ):
-        axes.plot(own[column], y, marker, ms=7, color=colour, label=name)
-    axes.axvline(LIMIT_PERCENT, color="0.4", ls="--", lw=1)
-    axes.set_yticks(y, [FAULT_NAMES[str(f)] for f in own["fault"]])
-    axes.set(xscale="log", xlabel="error (%)")
-    _legend_outside(axes)
-    return _finished(figure)
+        panel.hlines(y, table[column].clip(lower=0.01).min() / 2, table[column], color=COLOURS[0], lw=1.2)
+        panel.plot(table[column], y, "o", color=COLOURS[0])
+        panel.set(xscale="log", xlabel=title)
+        categories(panel, [FAULT_NAMES[f] for f in table["fault"]])
+        plain_logarithm(panel)
+        panel.grid(axis="y", visible=False)
+    axes[1].axvline(LIMIT_PERCENT, color=FAINT, ls="--", lw=1)
+    return figure

@@ -10,7 +10,7 @@ import hashlib
 import html
 import io
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import wraps
 from typing import Concatenate, ParamSpec
@@ -20,6 +20,7 @@ import matplotlib.pyplot as plt
 from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
 
 P = ParamSpec("P")
 
@@ -136,6 +137,26 @@ def panels(
 def legend_above(axes: Axes, *, columns: int = 3) -> None:
     """Put the legend over the panel, where it hides nothing."""
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=columns, borderaxespad=0.2, handlelength=1.4)
+
+
+def categories(axes: Axes, names: Sequence[str]) -> None:
+    """Name the rows of a panel, the first on top."""
+    axes.set_yticks(range(len(names)), list(names))
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.tick_params(axis="y", length=0)
+
+
+def figure_legend(figure: Figure, axes: Axes, *, columns: int) -> None:
+    """Put one legend for all panels over them."""
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper left", ncols=columns, handlelength=1.4)
+
+
+def plain_logarithm(axes: Axes) -> None:
+    """Write the numbers of a logarithmic axis as they are read."""
+    for axis in (axes.xaxis, axes.yaxis):
+        if axis.get_scale() == "log":
+            axis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+            axis.set_minor_formatter(FuncFormatter(lambda x, _: ""))
 
 
 def to_svg(figure: Figure) -> str:

@@ -40,6 +40,13 @@ class Provenance:
         """Return kind and hash, for small print."""
         return "none yet" if self.kind == NO_EVIDENCE else f"{self.kind}, content hash {self.data_sha256[:12]}"
 
+    def size(self) -> str:
+        """Return what went in, in a few words."""
+        if self.kind == NO_EVIDENCE:
+            return "no run yet."
+        when = f"on {self.recorded}, " if self.recorded else ""
+        return f"{when}{self.n_rows:,} rows of {self.n_experiments} experiments."
+
     def sentence(self) -> str:
         """Return one sentence for a reader."""
         if self.kind == NO_EVIDENCE:
