@@ -159,6 +159,16 @@ class PreRegistration:
     choices: tuple[Criterion, ...]
     sha256: str
 
+    @property
+    def standing(self) -> str:
+        """What the hypothesis can show: its status, and who set what, when.
+
+        One that is older than the day its file was frozen had its thresholds set by others; our readings came later.
+        """
+        if self.status == "confirmatory" and self.date < self.frozen:
+            return "the study's thresholds, our readings, after exploration"
+        return self.status
+
 
 def preregistration_ids(folder: Path | None = None) -> list[str]:
     """List the hypotheses that have a pre-registration."""

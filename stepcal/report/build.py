@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 import signal
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,14 +23,17 @@ from typing import Any
 from stepcal.errors import InputError
 from stepcal.locations import shipped_folder
 from stepcal.report import fingerprint, staging
+from stepcal.report.claims import check_claims
 from stepcal.report.execution import Executed, PageCache, ReportError, code_cells, execute, install_kernel, run_attached
 from stepcal.report.execution import with_outputs as _with_outputs
 from stepcal.report.finishing import Facts, finish
+from stepcal.report.glossary import read_terms
 from stepcal.report.own_server import is_own_server, own_root
 from stepcal.report.printing import print_book
 from stepcal.report.progress import BuildProgress
 from stepcal.report.rendering import render
 from stepcal.report.swap import only_builder, recover, take_place
+from stepcal.studies.provenance import MEASURED
 from stepcal.studies.registry import SOURCES, STUDIES
 
 UNUSED_DAYS = 30
@@ -107,7 +111,7 @@ def build_report(
         if data is not None and is_own_server(data):
             root = own_root(output / "work" / "own_server")
             settings = {**(settings or {}), "folder": str(data.resolve())}
-        pages = _pages(root, {**(settings or {}), "source": source})
+        pages = _pages(root, {**(settings or {}), **({} if source == MEASURED else {"source": source})})
         shown = staging.page_path(root, only).stem if only else Path(staging.read_toc(root)[0]).stem
         asyncio.run(_Build(root, output, jobs, pdf).run(pages, shown if only else None))
         return output / "html" / "book" / f"{shown}.html" if only else output / "html" / "index.html"
@@ -136,7 +140,7 @@ def _pages(root: Path, settings: Mapping[str, object]) -> list[Page]:
         code = fingerprint.code_sha256("\n".join(cells))
         key = fingerprint.page_key(cells, own, fingerprint.sha256_of(code, data_hash, versions))
         pages.append(Page(path.stem, path, notebook, own, key))
-    unused = set(settings) - taken - {"source"}
+    unused = set(settings) - taken
     if unused:
         raise InputError(f"No page takes {', '.join(f'`{n}`' for n in sorted(unused))}.")
     return pages
@@ -155,9 +159,7 @@ class _Build:
 
     async def run(self, pages: Sequence[Page], only: str | None) -> None:
         """Execute, render and swap; leave the last book where anything fails."""
-        task = asyncio.current_task()
-        if task is not None:
-            asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+        _cancel_when_stopped()
         try:
             await self._run(pages, only)
         except asyncio.CancelledError:
@@ -173,10 +175,15 @@ class _Build:
         missing = [p for p in pages if p.name not in executed and only in {None, p.name}]
         if missing:
             executed |= await self._execute(missing)
+        if only is None and not any(p.parameters for p in pages):
+            check_claims(
+                self._root / "data" / "claims.csv", {p.name: _with_outputs(p.notebook, executed[p.name]) for p in pages}
+            )
         days = {n: e.day for n, e in executed.items()}
         facts = Facts.of(self._root, _data_sha256(self._root), days)
+        terms = read_terms(self._root / "book" / "glossary.md")
         notebooks = {
-            f"{p.name}.ipynb": staging.framed(_with_outputs(p.notebook, executed[p.name]), p.name)
+            f"{p.name}.ipynb": staging.framed(_with_outputs(p.notebook, executed[p.name]), p.name, terms)
             if p.name in executed
             else staging.unexecuted(p.name)
             for p in pages
@@ -207,8 +214,7 @@ class _Build:
         output = self._output
         kernels = install_kernel(output / "work" / "jupyter")
         free = asyncio.Semaphore(self._jobs)
-        sources = {str(p.parameters.get("source", "measured")) for p in pages}
-        source = next(iter(sources))
+        source = next((str(p.parameters["source"]) for p in pages if "source" in p.parameters), MEASURED)
         wanted = [n for n in STUDIES if any(n in p.studies for p in pages)] if len(pages) > 1 else []
         ready = {name: asyncio.Event() for name in wanted}
         executed: dict[str, Executed] = {}
@@ -239,6 +245,19 @@ class _Build:
                     group.create_task(page(one))
         self._cache.note_seconds(self._progress.seconds)
         return executed
+
+
+def _cancel_when_stopped() -> None:
+    """Let Ctrl-C and a termination cancel this task, so that it ends what it started."""
+    task, loop = asyncio.current_task(), asyncio.get_running_loop()
+    if task is not None and threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, task.cancel)
+        # What a cancelled kernel's sockets complain of is no news.
+        loop.set_exception_handler(lambda *_: None)
+        # nbclient would put handlers in their place that stop one kernel and let the build go on.
+        loop.add_signal_handler = lambda *_: None  # type: ignore[method-assign]
+        loop.remove_signal_handler = lambda sig: False  # type: ignore[method-assign]
 
 
 def _data_sha256(root: Path) -> str:

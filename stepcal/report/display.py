@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -13,11 +13,11 @@ from IPython.display import HTML
 from matplotlib.figure import Figure
 from myst_nb import glue
 
-from stepcal.evaluation.preregistration import PreRegistration
 from stepcal.evaluation.verdict import Verdict
 from stepcal.report.theme import Drawn, to_svg
 from stepcal.studies.provenance import MEASURED, SIMULATED, Provenance
 from stepcal.studies.study import Study
+from stepcal.studies.summary import Badge
 
 WORDS = {
     "success": {True: "met", False: "not met", None: "not evaluable"},
@@ -199,16 +199,6 @@ def estimates_table(study: Study, variant: str) -> HTML:
     return show_table(table, f"{variant}: parameters, then the combinations that the data determine")
 
 
-def standing(p: PreRegistration) -> str:
-    """Return what a hypothesis can show: its status, and who set what, when.
-
-    A hypothesis that is older than the day its file was frozen had its thresholds set by others; our readings came later.
-    """
-    if p.status == "confirmatory" and p.date < p.frozen:
-        return "the study's thresholds, our readings, after exploration"
-    return p.status
-
-
 def verdict_card(verdict: Verdict, provenance: Provenance) -> HTML:
     """Return a verdict with its criteria, evidence and pre-registration as a card."""
     p = verdict.preregistration
@@ -229,9 +219,19 @@ def verdict_card(verdict: Verdict, provenance: Provenance) -> HTML:
         f'<div class="table-scroll" role="region" aria-label="Criteria of {p.id.upper()}">'
         f'<table class="dataframe stepcal-table"><thead><tr><th>Criterion</th><th>Outcome</th><th>Evidence</th></tr></thead>'
         f"<tbody>{rows}</tbody></table></div>{possible}"
-        f"<details class='fine-print'><summary>{html.escape(f'{_capitalised(standing(p))}. {p.status_note}')}</summary>"
+        f"<details class='fine-print'><summary>{html.escape(f'{_capitalised(p.standing)}. {p.status_note}')}</summary>"
         f"Pre-registration {p.sha256[:12]}, frozen {p.frozen}. Evidence: {html.escape(provenance.brief())}.</details></div>"
     )
+
+
+def badges_row(badges: Sequence[Badge]) -> HTML:
+    """Return the verdicts of the first page, a badge each with what it can show."""
+    items = "".join(
+        f'<li><span class="verdict verdict-{b.verdict.lower().replace(" ", "-")}">{b.id}: {html.escape(b.verdict)}</span> '
+        f"{html.escape(b.title)}<small>{html.escape(b.status)}</small></li>"
+        for b in badges
+    )
+    return HTML(f'<ul class="badges">{items}</ul>')
 
 
 def _capitalised(text: str) -> str:

@@ -223,8 +223,11 @@ async def run_program(*command: str, log: Path | None = None) -> None:
     if log:
         log.write_text(said, encoding="utf-8")
     if process.returncode:
-        tail = "\n".join(said.strip().splitlines()[-_LOG_LINES:])
-        where = f" The log is {log}; its end:" if log else ""
+        lines = said.strip().splitlines()
+        # What a renderer complains of stands far above the end of its log.
+        complaints = [line for line in lines if "WARNING" in line or "ERROR" in line]
+        tail = "\n".join((complaints or lines)[-_LOG_LINES:])
+        where = f" The log is {log}:" if log else ""
         raise ReportError(f"`{' '.join(command[:5])}` failed.{where}\n{tail}")
 
 

@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from stepcal.evaluation.step_errors import POOLED, TOTAL
+from stepcal.report import theme
 from stepcal.report.theme import (
     COLOURS,
     FAINT,
@@ -22,8 +23,10 @@ from stepcal.report.theme import (
     panels,
     plain_logarithm,
 )
-from stepcal.units import US_PER_MS
+from stepcal.units import PERCENT, US_PER_MS
 
+use_style = theme.use_style
+"""Pages set the look of their figures through this module."""
 VARIANT_NAMES = {
     "raw": "raw analytical",
     "constant": "constant",
@@ -267,8 +270,8 @@ def singular_values(narrow: bool, table: pd.DataFrame, tolerance: float) -> Figu
 
 
 @drawn_twice
-def predicted_against_measured(narrow: bool, runs: pd.DataFrame) -> Figure:
-    """Predicted against measured mean E2E of every run, in and out of sample told apart, with the band of 10%.
+def predicted_against_measured(narrow: bool, runs: pd.DataFrame, limit_percent: float = 10) -> Figure:
+    """Predicted against measured mean E2E of every run, in and out of sample told apart, with a band.
 
     Parameters
     ----------
@@ -276,10 +279,13 @@ def predicted_against_measured(narrow: bool, runs: pd.DataFrame) -> Figure:
     runs : DataFrame
         `name`, `measured_ms`, `predicted_ms`, `sample`; also `low_ms` and `high_ms` where a prediction has an interval. The
         marks carry the names, which the page shows when one is pointed at.
+    limit_percent : float
+        Half the width of the band.
     """
-    figure, (axes,) = panels(narrow, 3.4 if narrow else 3.5)
+    figure, (axes,) = panels(narrow, 3.4 if narrow else 3.0)
     ends = np.array([runs["measured_ms"].min() / 1.6, runs["measured_ms"].max() * 1.6]) / 1000
-    axes.fill_between(ends, ends * 0.9, ends * 1.1, color=RULE, lw=0, zorder=0)
+    share = limit_percent / PERCENT
+    axes.fill_between(ends, ends * (1 - share), ends * (1 + share), color=RULE, lw=0, zorder=0)
     axes.plot(ends, ends, color=FAINT, lw=1)
     for (sample, own), colour, marker in zip(runs.groupby("sample", sort=False), COLOURS, "osD^v", strict=False):
         if {"low_ms", "high_ms"} <= set(own):
@@ -292,9 +298,9 @@ def predicted_against_measured(narrow: bool, runs: pd.DataFrame) -> Figure:
             mark.set_gid(f"tip:{row['name']}: {seconds}, {error:+.1f}% ({sample})")
         axes.plot([], [], marker, color=colour, label=f"{sample} ({len(own)})")
     axes.set(xscale="log", yscale="log", xlim=ends, ylim=ends)
-    axes.set(xlabel="measured mean E2E (s); band: within 10%", ylabel="predicted (s)")
+    axes.set(xlabel=f"measured mean E2E (s); band: within {limit_percent:g}%", ylabel="predicted (s)")
     plain_logarithm(axes)
-    legend_above(axes, columns=1 if narrow else 2)
+    legend_above(axes, columns=1 if narrow else 3)
     return figure
 
 

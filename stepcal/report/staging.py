@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import yaml
 from stepcal.errors import InputError
 from stepcal.files import write_atomically
 from stepcal.report.execution import code_cells, source_of
+from stepcal.report.glossary import link_terms
 from stepcal.report.parameters import PARAMETERS
 
 FRAME_ID = "stepcal-rerun"
@@ -50,10 +51,10 @@ def page_path(root: Path, name: str) -> Path:
     return path
 
 
-def framed(notebook: dict[str, Any], page: str) -> dict[str, Any]:
-    """Return an executed notebook as it is rendered: set-up hidden, and how to run it again at its end."""
+def framed(notebook: dict[str, Any], page: str, terms: Sequence[str] = ()) -> dict[str, Any]:
+    """Return an executed notebook as it is rendered: set-up hidden, terms linked, and how to run it again at its end."""
     cells = []
-    for cell in notebook["cells"]:
+    for cell in link_terms(notebook["cells"], terms):
         tags = cell["metadata"].get("tags", [])
         if cell["cell_type"] == "code" and ("parameters" in tags or _is_set_up(source_of(cell))):
             hidden = [*(t for t in tags if t != "hide-input"), "remove-input"]

@@ -198,12 +198,14 @@ def errors_by_run(study: Tables) -> pd.DataFrame:
     -------
     DataFrame
         The study's ``runs`` with `group`, signed errors (%) of the means `e2e`, `ttft`, `tpot`, and of `e2e_p90`, `e2e_p99`,
-        `ttft_p90`, `ttft_p99`.
+        `ttft_p90`, `ttft_p99`; mean E2E as `e2e_measured_ms` and `e2e_predicted_ms`.
     """
     whole = study["errors"]
     whole = whole[whole["split"] == WHOLE]
     name = whole["metric"].where(whole["statistic"] == "mean", whole["metric"] + "_" + whole["statistic"])
     wide = whole.assign(name=name).pivot(index="experiment_id", columns="name", values="error_percent")
+    means = whole[name == "e2e"].set_index("experiment_id")
+    wide = wide.assign(e2e_measured_ms=means["measured"], e2e_predicted_ms=means["predicted"])
     table = study["runs"].merge(wide.reset_index(), on="experiment_id", validate="one_to_one")
     return table.assign(group=[_group(row) for row in table.to_dict("records")])
 

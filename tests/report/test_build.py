@@ -127,6 +127,36 @@ def test_the_new_book_takes_the_old_ones_place_whole(tmp_path):
     assert (current / "index.html").read_text() == "2"
 
 
+def test_a_stopped_build_ends_its_kernels_and_leaves_the_last_book(small_book, tmp_path):
+    output = tmp_path / "out"
+    build.build_report(output)
+    before = page(small_book, output)
+    write_page(
+        small_book,
+        "first",
+        code("import os, time"),
+        code(f"open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()))"),
+        code("time.sleep(60)"),
+    )
+    script = (
+        "import sys; sys.path.insert(0, sys.argv[1]); from pathlib import Path; from stepcal.report import build\n"
+        "build.shipped_folder = lambda: Path(sys.argv[2])\n"
+        "build.build_report(Path(sys.argv[3]))\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", script, os.getcwd(), str(small_book), str(output)], stderr=subprocess.PIPE, text=True
+    ) as running:
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        running.terminate()
+        said = running.communicate(timeout=30)[1]
+    assert "was stopped. The last book stands" in said
+    assert not _lives(int((tmp_path / "pid").read_text()))
+    assert page(small_book, output) == before
+
+
 def test_no_kernel_outlives_a_killed_build(tmp_path):
     """The process that a build starts for a page ends with the build, even if that is killed."""
     script = (
