@@ -24,7 +24,16 @@ from stepcal.errors import InputError
 from stepcal.locations import shipped_folder
 from stepcal.report import fingerprint, staging
 from stepcal.report.claims import check_claims
-from stepcal.report.execution import Executed, PageCache, ReportError, code_cells, execute, install_kernel, run_attached
+from stepcal.report.execution import (
+    Executed,
+    PageCache,
+    ReportError,
+    code_cells,
+    execute,
+    fits,
+    install_kernel,
+    run_attached,
+)
 from stepcal.report.execution import with_outputs as _with_outputs
 from stepcal.report.finishing import Facts, finish
 from stepcal.report.glossary import read_terms
@@ -81,7 +90,7 @@ def build_report(
     jobs : int
         Notebooks that run at once.
     only : str, optional
-        Execute this page alone. Others are shown as they were last executed with the same code and data, or not at all.
+        Execute this page alone. Others are shown as they were last executed, or not at all.
     settings : mapping, optional
         Parameters that replace the defaults of every page that takes them.
     pdf : bool
@@ -175,6 +184,12 @@ class _Build:
         missing = [p for p in pages if p.name not in executed and only in {None, p.name}]
         if missing:
             executed |= await self._execute(missing)
+        self._cache.note_latest({p.name: p.key for p in pages if p.name in executed})
+        if only is not None:
+            for one in pages:
+                older = None if one.name in executed else self._cache.latest(one.name)
+                if older is not None and fits(one.notebook, older):
+                    executed[one.name] = older
         if only is None and not any(p.parameters for p in pages):
             check_claims(
                 self._root / "data" / "claims.csv", {p.name: _with_outputs(p.notebook, executed[p.name]) for p in pages}

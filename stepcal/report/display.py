@@ -228,7 +228,7 @@ def badges_row(badges: Sequence[Badge]) -> HTML:
     """Return the verdicts of the first page, a badge each with what it can show."""
     items = "".join(
         f'<li><span class="verdict verdict-{b.verdict.lower().replace(" ", "-")}">{b.id}: {html.escape(b.verdict)}</span> '
-        f"{html.escape(b.title)}<small>{html.escape(b.status)}</small></li>"
+        f"{html.escape(b.words)}<small>{html.escape(b.status)}</small></li>"
         for b in badges
     )
     return HTML(f'<ul class="badges">{items}</ul>')

@@ -73,6 +73,22 @@ class PageCache:
         self._folder.mkdir(parents=True, exist_ok=True)
         write_atomically(self._path(key), json.dumps(vars(page)))
 
+    def latest(self, name: str) -> Executed | None:
+        """Return a page as it was last executed, with whatever code and data; None if it never was."""
+        return self.get(self._index().get(name, ""))
+
+    def note_latest(self, keys: Mapping[str, str]) -> None:
+        """Remember under which address each page was last executed."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(self._folder / "latest.json", json.dumps({**self._index(), **keys}, sort_keys=True))
+
+    def _index(self) -> dict[str, str]:
+        try:
+            found: dict[str, str] = json.loads((self._folder / "latest.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return found
+
     def seconds(self) -> dict[str, float]:
         """Return how long each page took when it was last executed, by the page's name."""
         try:
@@ -95,6 +111,11 @@ class PageCache:
 
     def _path(self, key: str) -> Path:
         return self._folder / f"{key}.json"
+
+
+def fits(notebook: Mapping[str, Any], page: Executed) -> bool:
+    """Whether a notebook has as many code cells as a page has outputs."""
+    return len(code_cells(notebook)) == len(page.outputs)
 
 
 def code_cells(notebook: Mapping[str, Any]) -> list[str]:

@@ -26,6 +26,9 @@ FOOT = '<div id="stepcal-foot"></div>'
 PRINT_PAGE = "print.html"
 
 _REPAIRS = (
+    # Names that leave out a part of what is seen: the text inside is the name.
+    (re.compile(r'(<button class="btn search-button-field[^>]*?) aria-label="Search"'), r"\1"),
+    (re.compile(r'(<button class="btn[^"]*theme-switch-button[^>]*?) aria-label="Color mode"'), r"\1"),
     # A name that differs from what is seen; the words inside are the name.
     (re.compile(r'<summary aria-label="Toggle hidden content">'), "<summary>"),
     # A list whose entries are not marked as such.

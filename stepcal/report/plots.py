@@ -23,7 +23,7 @@ from stepcal.report.theme import (
     panels,
     plain_logarithm,
 )
-from stepcal.units import PERCENT, US_PER_MS
+from stepcal.units import MS_PER_S, PERCENT, US_PER_MS
 
 use_style = theme.use_style
 """Pages set the look of their figures through this module."""
@@ -282,23 +282,22 @@ def predicted_against_measured(narrow: bool, runs: pd.DataFrame, limit_percent: 
     limit_percent : float
         Half the width of the band.
     """
-    figure, (axes,) = panels(narrow, 3.4 if narrow else 3.0)
-    ends = np.array([runs["measured_ms"].min() / 1.6, runs["measured_ms"].max() * 1.6]) / 1000
+    figure, (axes,) = panels(narrow, 3.2 if narrow else 2.9)
     share = limit_percent / PERCENT
-    axes.fill_between(ends, ends * (1 - share), ends * (1 + share), color=RULE, lw=0, zorder=0)
-    axes.plot(ends, ends, color=FAINT, lw=1)
+    axes.axhspan(1 - share, 1 + share, color=RULE, lw=0, zorder=0)
+    axes.axhline(1, color=FAINT, lw=1)
     for (sample, own), colour, marker in zip(runs.groupby("sample", sort=False), COLOURS, "osD^v", strict=False):
         if {"low_ms", "high_ms"} <= set(own):
-            low, high = own["low_ms"].fillna(own["predicted_ms"]), own["high_ms"].fillna(own["predicted_ms"])
-            axes.vlines(own["measured_ms"] / 1000, low / 1000, high / 1000, color=colour, lw=1.2)
+            known = own.dropna(subset=["low_ms", "high_ms"])
+            low, high = known["low_ms"] / known["measured_ms"], known["high_ms"] / known["measured_ms"]
+            axes.vlines(known["measured_ms"] / MS_PER_S, low, high, color=colour, lw=1.2)
         for row in own.to_dict("records"):
-            error = 100 * (row["predicted_ms"] / row["measured_ms"] - 1)
-            (mark,) = axes.plot(row["measured_ms"] / 1000, row["predicted_ms"] / 1000, marker, ms=5.5, color=colour)
-            seconds = f"{row['predicted_ms'] / 1000:.2f} s for {row['measured_ms'] / 1000:.2f} s"
-            mark.set_gid(f"tip:{row['name']}: {seconds}, {error:+.1f}% ({sample})")
+            ratio, seconds = row["predicted_ms"] / row["measured_ms"], row["measured_ms"] / MS_PER_S
+            (mark,) = axes.plot(seconds, ratio, marker, ms=5.5, color=colour, alpha=0.85)
+            times = f"{row['predicted_ms'] / MS_PER_S:.2f} s predicted, {seconds:.2f} s measured"
+            mark.set_gid(f"tip:{row['name']}: {times}, {PERCENT * (ratio - 1):+.1f}% ({sample})")
         axes.plot([], [], marker, color=colour, label=f"{sample} ({len(own)})")
-    axes.set(xscale="log", yscale="log", xlim=ends, ylim=ends)
-    axes.set(xlabel=f"measured mean E2E (s); band: within {limit_percent:g}%", ylabel="predicted (s)")
+    axes.set(xscale="log", xlabel="measured mean E2E (s)", ylabel="predicted / measured")
     plain_logarithm(axes)
     legend_above(axes, columns=1 if narrow else 3)
     return figure

@@ -19,8 +19,14 @@ from stepcal.units import PERCENT
 IN_SAMPLE = "in sample"
 LEFT_OUT = "model left out"
 NEVER_SEEN = "never seen (H3)"
-FIRST_PAGE = ("h1", "h2", "h2b", "h3", "h4")
-"""Hypotheses with a badge."""
+FIRST_PAGE = {
+    "h1": "FLOP components follow the step",
+    "h2": "factors on them predict latency",
+    "h2b": "one physical model predicts latency",
+    "h3": "it carries over to unseen servers",
+    "h4": "measured kernels carry over",
+}
+"""Hypotheses with a badge, in a few words each; their files have the statements."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +35,7 @@ class Badge:
 
     Attributes
     ----------
-    id, title : str
+    id, words : str
     verdict : str
         Of the engine, or *Not evaluated* where there is nothing to judge yet.
     status : str
@@ -37,7 +43,7 @@ class Badge:
     """
 
     id: str
-    title: str
+    words: str
     verdict: str
     status: str
 
@@ -45,14 +51,14 @@ class Badge:
 def badges(data: Path | str | None = None) -> list[Badge]:
     """Return where each hypothesis of the first page stands, by the verdict engine."""
     found = []
-    for name in FIRST_PAGE:
+    for name, words in FIRST_PAGE.items():
         registered = load_preregistration(name)
         try:
             verdict = verdict_of(name, data=data if name in {"h1", "h2", "h2b"} else None)[0].verdict
         except InputError:
             # Frozen, and its model or its runs are still to come.
             verdict = NOT_EVALUATED
-        found.append(Badge(name.upper(), registered.title, verdict, registered.standing))
+        found.append(Badge(name[:1].upper() + name[1:], words, verdict, registered.standing))
     return found
 
 

@@ -62,6 +62,13 @@ def test_one_page_alone(small_book, tmp_path, monkeypatch):
     assert executed == ["second"]
     assert shown == output / "html" / "book" / "second.html"
     assert "was not executed" in page(small_book, output, "first")
+    # Later the others are shown as they were last executed, although their data have changed.
+    build.build_report(output)
+    (small_book / "data" / "facts.csv").write_text("a\n3\n")
+    executed.clear()
+    build.build_report(output, only="second")
+    assert executed == ["second"]
+    assert "seed 0" in page(small_book, output, "first")
     with pytest.raises(InputError, match=r"no such page.*first, second"):
         build.build_report(output, only="third")
 
