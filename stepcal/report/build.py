@@ -168,12 +168,15 @@ class _Build:
 
     async def run(self, pages: Sequence[Page], only: str | None) -> None:
         """Execute, render and swap; leave the last book where anything fails."""
-        _cancel_when_stopped()
+        stopped = _cancel_when_stopped()
         try:
             await self._run(pages, only)
         except asyncio.CancelledError:
             raise ReportError("The build was stopped. The last book stands as it was.") from None
         except BaseExceptionGroup as group:
+            if stopped.is_set():
+                # What a kernel that was ended says of its end is no news.
+                raise ReportError("The build was stopped. The last book stands as it was.") from None
             failures, rest = group.split(ReportError)
             if rest is not None or failures is None:
                 raise
@@ -262,17 +265,24 @@ class _Build:
         return executed
 
 
-def _cancel_when_stopped() -> None:
-    """Let Ctrl-C and a termination cancel this task, so that it ends what it started."""
+def _cancel_when_stopped() -> asyncio.Event:
+    """Let Ctrl-C and a termination cancel this task, so that it ends what it started; the event says that they did."""
+    stopped = asyncio.Event()
     task, loop = asyncio.current_task(), asyncio.get_running_loop()
     if task is not None and threading.current_thread() is threading.main_thread():
+
+        def stop() -> None:
+            stopped.set()
+            task.cancel()
+
         for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, task.cancel)
+            loop.add_signal_handler(number, stop)
         # What a cancelled kernel's sockets complain of is no news.
         loop.set_exception_handler(lambda *_: None)
         # nbclient would put handlers in their place that stop one kernel and let the build go on.
         loop.add_signal_handler = lambda *_: None  # type: ignore[method-assign]
         loop.remove_signal_handler = lambda sig: False  # type: ignore[method-assign]
+    return stopped
 
 
 def _data_sha256(root: Path) -> str:
