@@ -60,11 +60,12 @@ class TestPredict:
         return stepcal.Deployment.of("llama-2-7b", "h100-sxm")
 
     @pytest.mark.parametrize("name", ["default", "global9", "phase16"])
-    def test_a_server_with_wide_limits_changes_nothing(self, served, name):
+    def test_without_a_server_the_usual_limits_hold(self, served, name):
         model = stepcal.StepTimeModel.load(name)
         step = {"decode_kv_lens": [100, 2000], "prefill_chunk_tokens": [64], "prefill_kv_lens": [128]}
-        wide = stepcal.Deployment.of("llama-2-7b", "h100-sxm", kv_blocks=10_000, max_num_batched_tokens=4096)
-        assert model.predict_us(served, **step) == pytest.approx(model.predict_us(wide, **step), rel=1e-12)
+        usual = stepcal.Deployment.of("llama-2-7b", "h100-sxm", kv_blocks=10_000)
+        assert model.predict_us(served, **step) == pytest.approx(model.predict_us(usual, **step), rel=1e-12)
+        assert model.predict_us(served, decode_kv_lens=[10] * 200, prefill_chunk_tokens=[4000]) > 0
 
     def test_more_work_takes_longer(self, served):
         model = stepcal.StepTimeModel.load("default")

@@ -113,7 +113,7 @@ class StepTimeModel:
         Parameters
         ----------
         deployment : Deployment
-            Need not name a server.
+            Without a server its limits are the usual ones, or as wide as the step needs.
         decode_kv_lens : sequence of int
             Context of each decoding request in tokens, this step's included.
         prefill_chunk_tokens : sequence of int
@@ -143,9 +143,11 @@ class StepTimeModel:
             )
         n_requests = decode.size + chunks.size
         if deployment.server is None:
-            budget = max(int(decode.size + chunks.sum()), n_requests, 1)
-            server = ServerConfig(kv_blocks=2, max_num_seqs=max(n_requests, 1), max_num_batched_tokens=budget)
-            deployment = replace(deployment, server=server)
+            usual = ServerConfig(kv_blocks=2)
+            n_seqs, budget = usual.max_num_seqs, usual.max_num_batched_tokens
+            n_tokens = int(decode.size + chunks.sum())
+            wide = replace(usual, max_num_seqs=max(n_requests, n_seqs), max_num_batched_tokens=max(n_tokens, budget))
+            deployment = replace(deployment, server=wide)
         return add_components(self.compile(deployment)(StepBatch(chunks, kv, decode, waiting)))
 
     def compile(self, deployment: Deployment) -> AnyStepTime:
