@@ -19,6 +19,8 @@ HOSTILE: tuple[Any, ...] = (
 STRAY_BYTES = (b"\xef\xbb\xbf", b"\x00", b"\xff", b"[" * 2000, b"{", b"]", b"&a *a", b"\n- ")
 STRAY_KEYS = ("", "x", "mamba_d_state", "sliding_window")
 MOST_DAMAGES = 4
+_Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+_Dumper: Any = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
 
 
 def damaged(content: bytes, suffix: str, rng: random.Random) -> bytes:
@@ -56,7 +58,8 @@ def _other_value(content: bytes, suffix: str, rng: random.Random) -> bytes:
             lines[i] = json.dumps(_mutated(json.loads(lines[i]), rng))
             return ("\n".join(lines) + "\n").encode("utf-8", "surrogatepass")
         if suffix == ".yaml":
-            return yaml.safe_dump(_mutated(yaml.safe_load(text), rng), allow_unicode=True).encode("utf-8", "replace")
+            parsed = yaml.load(text, Loader=_Loader)
+            return yaml.dump(_mutated(parsed, rng), Dumper=_Dumper, allow_unicode=True).encode("utf-8", "replace")
         return json.dumps(_mutated(json.loads(text), rng)).encode("utf-8", "replace")
     except (ValueError, yaml.YAMLError, RecursionError, IndexError, TypeError):
         return _other_bytes(content, rng)
