@@ -34,7 +34,7 @@ ARCHITECTURE_TYPES = {
 USUAL_KEYS = {
     "hidden_size": "hidden_size", "num_hidden_layers": "num_layers", "num_attention_heads": "num_attention_heads",
     "num_key_value_heads": "num_kv_heads", "head_dim": "head_dim", "intermediate_size": "intermediate_size",
-    "max_position_embeddings": "max_position_embeddings",
+    "max_position_embeddings": "max_position_embeddings", "word_embed_proj_dim": "hidden_size",
 }  # fmt: skip
 """Keys that people write for any type."""
 SPARSE_KEYS = words(
@@ -66,7 +66,7 @@ def read_fields(config: Mapping[str, Any], origin: str, max_model_len: int | Non
         If a dimension is missing, of the wrong kind, or out of bounds.
     """
     type_name, kind, values, notes = _language_model(config, origin)
-    _refuse_what_is_off(values)
+    _refuse_what_is_off(kind, values)
     hidden = values.whole(*kind.hidden_size, most=MOST_WIDTH)
     layers = values.whole(*kind.num_layers, most=MOST_LAYERS)
     heads = values.whole(*kind.num_attention_heads, most=MOST_HEADS)
@@ -167,9 +167,9 @@ def _meaning(key: str) -> str:
     return next((what for words, what in HINTS if any(word in key for word in words)), "")
 
 
-def _refuse_what_is_off(values: ConfigValues) -> None:
+def _refuse_what_is_off(kind: ModelType, values: ConfigValues) -> None:
     for key, what in MUST_BE_OFF.items():
-        if not values.is_neutral(key):
+        if not values.is_neutral(key) and key not in kind.neutral:
             raise NotModelledError(
                 f"{values.origin} declares {what} (`{key}: {shown(values.raw(key))}`), which stepcal does not model. Use a "
                 "model with softmax attention in equal layers."

@@ -1,4 +1,4 @@
-"""Keys of a ``config.json`` that hold for every type: those that cost nothing, those that must be off, refused types."""
+"""Keys of a ``config.json`` of any type: those that cost nothing, those that must be off, types that are refused."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ NEUTRAL_KEYS = words(
     "prefix max_length min_length do_sample temperature top_k top_p repetition_penalty num_beams early_stopping "
     "length_penalty no_repeat_ngram_size chunk_size_feed_forward tokenizer_model unsloth_version unsloth_fixed "
     "unsloth_tiled_mlp model_name language languages license onnx transformers.js_config quantization_config "
-    "compression_config is_decoder seed use_reentrant is_llama_config output_past pad_key_length tokenizer_name onnx_safe "
+    "compression_config is_decoder seed use_reentrant is_llama_config output_past pad_key_length tokenizer_name "
+    "onnx_safe "
     "model_max_length attention_probs_dropout_prob attn_dropout_prob emb_dropout_prob verbose "
     # Activations and norms: work of the order of the hidden size.
     "hidden_act hidden_activation activation_function activation rms_norm_eps layer_norm_eps layer_norm_epsilon "
@@ -30,7 +31,7 @@ NEUTRAL_KEYS = words(
     # Rotary positions: element-wise; what they say of the context limit is read.
     "rope_theta rope_scaling rope_parameters rotary_pct rotary_emb_base rotary_dim partial_rotary_factor rope_ratio "
     "rope_local_base_freq rope_type rope original_max_position_embeddings rope_interleave rope_interleaved rotary "
-    "rotary_percentage rotary_scaling_factor position_embedding_type"
+    "rotary_percent rope_pct rotary_percentage rotary_scaling_factor position_embedding_type"
 )
 """Keys that change nothing of what a step costs, in any type."""
 

@@ -137,7 +137,7 @@ _FALCON = ModelType(
         "parallel_attn": True,
         "max_position_embeddings": 2048,
     },
-    neutral=words("alibi apply_residual_connection_post_layernorm multi_query parallel_attn"),
+    neutral=words("alibi apply_residual_connection_post_layernorm multi_query parallel_attn ff_factor"),
     only={"num_ln_in_parallel_attn": (None, 1, 2)},
 )
 
@@ -167,7 +167,8 @@ DENSE_TYPES: dict[str, ModelType] = {
     ),
     "phi3": replace(
         LLAMA, family="Phi-3, Phi-3.5, Phi-4", qkv_bias=False, output_bias=False, mlp_bias=False,
-        defaults={"sliding_window": None}, window="all",
+        defaults={"sliding_window": None}, window="all", neutral=words("interpolate_factor"),
+        only={"full_attn_mod": (1, None)},
     ),
     "falcon": _FALCON,
     "RefinedWeb": replace(_FALCON, family="Falcon 40B (first layout)", defaults={**_FALCON.defaults,
@@ -198,7 +199,7 @@ DENSE_TYPES: dict[str, ModelType] = {
         output_bias="enable_bias", mlp_bias="enable_bias", norm_bias="layer_norm_elementwise_affine",
             learned_positions=2,
         defaults={"enable_bias": True, "layer_norm_elementwise_affine": True},
-        neutral=words("layerdrop _remove_final_layer_norm word_embed_proj_dim"),
+        neutral=words("layerdrop _remove_final_layer_norm"),
         only={"do_layer_norm_before": (True, None)},
     ),
     "bloom": ModelType(

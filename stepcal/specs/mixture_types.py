@@ -37,7 +37,8 @@ _QWEN3_MOE = replace(
         "num_experts_per_tok": 8, "moe_intermediate_size": 768,
     },
     mixture=Mixture(num_experts=("num_experts", "num_local_experts"), sparse_rule="qwen"),
-    neutral=_ROUTING_KEYS,
+    neutral=_ROUTING_KEYS | words("shared_expert_intermediate_size qkv_bias"),
+    only={"use_qk_norm": (True, None)},
 )  # fmt: skip
 _DEEPSEEK = replace(
     LLAMA,

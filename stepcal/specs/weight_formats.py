@@ -226,6 +226,12 @@ def _fp8(section: Mapping[str, Any], origin: str) -> _Format | None:
 
 
 def _compressed_tensors(section: Mapping[str, Any], origin: str) -> _Format | None:
+    sparsity = section.get("sparsity_config")
+    structure = sparsity.get("sparsity_structure") if isinstance(sparsity, Mapping) else None
+    if structure not in (None, "dense", "unstructured") or "24" in str(section.get("format")):
+        raise NotModelledError(
+            f"{origin} has weights in a sparse layout (`quantization_config`), which is not modelled."
+        )
     groups = section.get("config_groups")
     if not isinstance(groups, Mapping) or not groups:
         # The short form of FP8 checkpoints names the format alone.

@@ -330,3 +330,46 @@ def test_tensor_parallel_degrees_are_those_that_vllm_takes(changes, fits, does_n
 
 def test_more_ranks_than_kv_heads_replicate_them():
     assert load_architecture("llama-2-70b").tensor_parallel_degrees() == [1, 2, 4, 8, 16, 32, 64]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        pytest.param(
+            {"model_type": "qwen3_moe", "hidden_size": 2048, "intermediate_size": 5472, "max_window_layers": 28,
+             "mlp_only_layers": [], "moe_intermediate_size": 768, "num_attention_heads": 32, "num_experts": 128,
+             "num_experts_per_tok": 8, "num_hidden_layers": 48, "num_key_value_heads": 4, "qkv_bias": False,
+             "shared_expert_intermediate_size": 0, "use_qk_norm": True, "use_sliding_window": False, "vocab_size": 151936,
+             "head_dim": 128, "max_position_embeddings": 262144}, id="qwen3-coder"),
+        pytest.param(
+            {"model_type": "phi3", "hidden_size": 3072, "intermediate_size": 8192, "num_attention_heads": 24,
+             "num_hidden_layers": 32, "num_key_value_heads": 8, "full_attn_mod": 1, "interpolate_factor": 1,
+             "lm_head_bias": False, "mlp_bias": False, "sliding_window": 262144, "tie_word_embeddings": True,
+             "vocab_size": 200064, "max_position_embeddings": 131072, "partial_rotary_factor": 0.75}, id="phi-4-mini"),
+        pytest.param(
+            {"model_type": "minimax_m2", "hidden_size": 3072, "intermediate_size": 1536, "num_attention_heads": 48,
+             "num_hidden_layers": 62, "num_key_value_heads": 8, "attn_type_list": [1] * 62, "num_local_experts": 256,
+             "num_experts_per_tok": 8, "vocab_size": 200064, "use_qk_norm": True, "qk_norm_type": "per_layer",
+             "use_mtp": True, "num_mtp_modules": 3, "use_routing_bias": True, "scoring_func": "sigmoid"}, id="minimax-m2"),
+        pytest.param(
+            {"model_type": "llava", "text_config": {"model_type": "llama", "vocab_size": 32064,
+             "max_position_embeddings": 4096}, "vision_config": {"hidden_size": 1024}, "image_token_index": 32000,
+             "ignore_index": -100, "vision_feature_layer": -2}, id="llava-1.5"),
+        pytest.param(
+            {"model_type": "qwen2_vl", "hidden_size": 3584, "intermediate_size": 18944, "num_attention_heads": 28,
+             "num_hidden_layers": 28, "num_key_value_heads": 4, "vocab_size": 152064, "vision_config": {"depth": 32},
+             "vision_start_token_id": 151652, "use_sliding_window": False,
+             "rope_scaling": {"type": "mrope"}}, id="qwen2-vl"),
+    ],
+)  # fmt: skip
+def test_files_as_people_have_them_are_accepted(config):
+    assert ModelArchitecture.from_config(config).num_parameters() > 10**9
+
+
+def test_sparse_weights_and_projected_embeddings_are_refused():
+    with pytest.raises(NotModelledError, match="sparse layout"):
+        quantised(quant_method="compressed-tensors", sparsity_config={"sparsity_structure": "2:4"}, config_groups={})
+    opt = {"model_type": "opt", "hidden_size": 1024, "ffn_dim": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
+           "vocab_size": 50272, "word_embed_proj_dim": 512}  # fmt: skip
+    with pytest.raises(InputError, match="`word_embed_proj_dim` is 512, but 1024"):
+        ModelArchitecture.from_config(opt)
