@@ -120,8 +120,8 @@ def verdict(
         Path | None,
         typer.Option(
             "--experiments",
-            help="Folder of experiments in the public layout; for h3, of the new runs to judge. Default: STEPCAL_DATA; for "
-            "h3 the 31 runs of data/transfer.",
+            help="Folder of experiments in the public layout; for h3 and h4, of the new runs. Default: STEPCAL_DATA; "
+            "for h3 the 31 runs of data/transfer; h4 is not evaluated without one.",
         ),
     ] = None,
     published: Annotated[
@@ -129,7 +129,9 @@ def verdict(
     ] = False,
     accelerator: Annotated[
         str | None,
-        typer.Option("--accelerator", help="For h3: GPU of runs that do not name one. Default: as in `evaluate`."),
+        typer.Option(
+            "--accelerator", help="For h3 and h4: GPU of runs that do not name one. Default: as in `evaluate`."
+        ),
     ] = None,
     json_out: Json = None,
 ) -> None:

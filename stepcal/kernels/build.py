@@ -19,7 +19,7 @@ import pandas as pd
 from stepcal.errors import InputError
 from stepcal.files import write_atomically
 from stepcal.kernels.constants import ALL_REDUCE_FILE, ANY, KERNELS_FILE, NUMBERS
-from stepcal.kernels.fit import fit_gpu
+from stepcal.kernels.fit import FittedKernel, fit_gpu
 from stepcal.kernels.forms import BYTES_PER_ACTIVATION, ELEMENTWISE, KernelConstants
 from stepcal.kernels.tables import WHEEL, KernelTables, open_wheel
 from stepcal.locations import data_folder
@@ -28,6 +28,9 @@ from stepcal.units import US_PER_S
 
 REQUIREMENT = "aiconfigurator-core==0.12.0"
 DATASHEET_FILE = "wheel_datasheet.csv"
+SAMPLE_FILE = "kernel_samples.csv"
+SAMPLES = 40
+"""Rows of each table that ship beside what the constants say of them: enough for a figure."""
 DIGITS = 5
 """Significant digits of what is written: far below the residuals, and the same on every machine."""
 FIGURES = {
@@ -58,7 +61,8 @@ def build(wheel: Path, out: Path) -> list[Path]:
     """
     tables = open_wheel(wheel)
     gpus = {name: load_accelerator(name) for name in tables}
-    fitted = {name: [*fit_gpu(name, tables[name], gpu), _elementwise(tables[name])] for name, gpu in gpus.items()}
+    kernels = {name: fit_gpu(name, tables[name], gpu) for name, gpu in gpus.items()}
+    fitted = {name: [*(k.constants for k in own), _elementwise(tables[name])] for name, own in kernels.items()}
     fitted[ANY] = typical(fitted)
     rows = [_row(name, constants) for name, own in fitted.items() for constants in sorted(own, key=_key)]
     links = [
@@ -68,6 +72,7 @@ def build(wheel: Path, out: Path) -> list[Path]:
     written = {
         KERNELS_FILE: pd.DataFrame(rows),
         ALL_REDUCE_FILE: link_table,
+        SAMPLE_FILE: pd.concat([_sample(name, kernel) for name, own in kernels.items() for kernel in own]),
         DATASHEET_FILE: pd.concat([compare_datasheet(gpus[name], tables[name]) for name in gpus]),
     }
     for name, table in written.items():
@@ -131,6 +136,15 @@ def compare_datasheet(accelerator: Accelerator, tables: KernelTables) -> pd.Data
             rows.append((accelerator.name, figure, ours[figure], theirs, 100.0 * (theirs / ours[figure] - 1.0)))
     table = pd.DataFrame(rows, columns=["gpu", "figure", "ours", "wheel", "difference_percent"])
     return table.round({"ours": 4, "wheel": 4, "difference_percent": 2})
+
+
+def _sample(gpu: str, kernel: FittedKernel) -> pd.DataFrame:
+    """Rows of a table spread evenly over its times, with what the constants say of them."""
+    order = np.argsort(kernel.measured_us, kind="stable")
+    chosen = order[np.unique(np.linspace(0, order.size - 1, SAMPLES).astype(int))]
+    about = {"gpu": gpu, "kernel": kernel.constants.kernel, "precision": kernel.constants.precision}
+    times = {"measured_us": kernel.measured_us[chosen], "fitted_us": kernel.fitted_us[chosen]}
+    return pd.DataFrame(times).round(2).assign(**about)[[*about, *times]]
 
 
 def _row(gpu: str, constants: KernelConstants) -> dict[str, object]:

@@ -7,7 +7,7 @@ model's are not. So nothing is interpolated: rows that the cache helps are left 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -82,12 +82,25 @@ SUBSTITUTES = {(gpu, EXPERTS, "fp8"): "fp8_block" for gpu in ("h100-sxm", "h200-
 format (ModelOpt through FlashInfer), twice as slow as BF16; vLLM takes Triton for checkpoints of compressed tensors."""
 
 
-def fit_gpu(gpu: str, tables: KernelTables, accelerator: Accelerator) -> list[KernelConstants]:
+@dataclass(frozen=True)
+class FittedKernel:
+    """Constants, and the rows that they were fitted to beside what they say of them, in microseconds."""
+
+    constants: KernelConstants
+    measured_us: FloatArray
+    fitted_us: FloatArray
+
+    def named(self, precision: str) -> FittedKernel:
+        """Return the same for another precision, whose table it stands in for."""
+        return replace(self, constants=replace(self.constants, precision=precision))
+
+
+def fit_gpu(gpu: str, tables: KernelTables, accelerator: Accelerator) -> list[FittedKernel]:
     """Fit every kernel and precision that a GPU has tables for.
 
     Returns
     -------
-    list of KernelConstants
+    list of FittedKernel
     """
     products, experts, version = tables.gemm(), tables.experts(), tables.version
     found = _products(products, accelerator, f"gemm, vLLM {version('gemm')}")
@@ -95,8 +108,8 @@ def fit_gpu(gpu: str, tables: KernelTables, accelerator: Accelerator) -> list[Ke
         source = SUBSTITUTES.get((gpu, EXPERTS, precision), precision)
         basis = f"moe, vLLM {version('moe')}" + ("" if source == precision else f", table of {source}")
         own = experts[experts["precision"] == source]
-        constants = fit_experts(own, accelerator, source, L2_BYTES[gpu], basis=basis)
-        found.append(None if constants is None else replace(constants, precision=precision))
+        fitted = fit_experts(own, accelerator, source, L2_BYTES[gpu], basis=basis)
+        found.append(None if fitted is None else fitted.named(precision))
     basis = f"attention, vLLM {version('attention')}"
     decode, prefill = tables.decode_attention(), tables.prefill_attention()
     for precision in decode["precision"].unique():
@@ -105,22 +118,22 @@ def fit_gpu(gpu: str, tables: KernelTables, accelerator: Accelerator) -> list[Ke
     for precision in prefill["precision"].unique():
         own = prefill[prefill["precision"] == precision]
         found.append(fit_prefill_attention(own, accelerator, precision, basis=basis))
-    return [constants for constants in found if constants is not None]
+    return [fitted for fitted in found if fitted is not None]
 
 
-def _products(table: pd.DataFrame, accelerator: Accelerator, basis: str) -> list[KernelConstants | None]:
+def _products(table: pd.DataFrame, accelerator: Accelerator, basis: str) -> list[FittedKernel | None]:
     """Fit the products of each precision; of block-scaled ones the floor is that of FP8."""
-    found: dict[str, KernelConstants | None] = {}
+    found: dict[str, FittedKernel | None] = {}
     for precision in sorted(table["precision"].unique()):
         own, fp8 = table[table["precision"] == precision], found.get("fp8")
-        floor = fp8.floor_us if precision == "fp8_block" and fp8 is not None else None
+        floor = fp8.constants.floor_us if precision == "fp8_block" and fp8 is not None else None
         found[precision] = fit_gemm(own, accelerator, precision, floor_us=floor, basis=basis)
     return list(found.values())
 
 
 def fit_gemm(
     table: pd.DataFrame, accelerator: Accelerator, precision: str, *, floor_us: float | None = None, basis: str = ""
-) -> KernelConstants | None:
+) -> FittedKernel | None:
     """Fit matrix products; with `floor_us` the table's own floor is the host's, and its short rows are left out."""
     m, n, k = (table[c].to_numpy(dtype=float) for c in ("m", "n", "k"))
     measured = table["latency_us"].to_numpy(dtype=float)
@@ -139,7 +152,7 @@ def fit_gemm(
 
 def fit_experts(
     table: pd.DataFrame, accelerator: Accelerator, precision: str, l2_bytes: float, *, basis: str = ""
-) -> KernelConstants | None:
+) -> FittedKernel | None:
     """Fit grouped experts, with evenly routed tokens where the table has them."""
     even = table["distribution"].eq(BALANCED)
     own = table[even] if even.any() else table[table["distribution"] == min(table["distribution"])]
@@ -161,7 +174,7 @@ def fit_experts(
 
 def fit_decode_attention(
     table: pd.DataFrame, accelerator: Accelerator, precision: str, l2_bytes: float, *, basis: str = ""
-) -> KernelConstants | None:
+) -> FittedKernel | None:
     """Fit decode attention, affine in the KV cache that is read and in requests x KV heads."""
     own = table[(table["head_dim"] == HEAD_DIM) & (table["batch_size"] <= LARGEST_BATCH)]
     heads = (own["batch_size"] * own["num_key_value_heads"]).to_numpy(dtype=float)
@@ -177,7 +190,7 @@ def fit_decode_attention(
 
 def fit_prefill_attention(
     table: pd.DataFrame, accelerator: Accelerator, precision: str, *, basis: str = ""
-) -> KernelConstants | None:
+) -> FittedKernel | None:
     """Fit prefill attention: what goes in and out, and causal pairs over the peak in BF16, whatever the cache is kept in."""
     own = table[table["head_dim"] == HEAD_DIM]
     batch, length, heads = (own[c].to_numpy(dtype=float) for c in ("batch_size", "isl", "num_heads"))
@@ -201,7 +214,7 @@ def _fit(
     measured_us: FloatArray,
     chosen: BoolArray,
     predict_us: Callable[[KernelConstants], NDArray[np.float64]],
-) -> KernelConstants | None:
+) -> FittedKernel | None:
     """Fit the free constants to the chosen rows, on logarithms; None where there are too few."""
     if chosen.sum() < FEWEST_ROWS:
         return None
@@ -218,4 +231,5 @@ def _fit(
     at_bound = any(found.get(name, 1.0) <= AT_BOUND * LIMITS[name][0] for name in ("bandwidth_share", "compute_share"))
     if spread > WORST_SPREAD or at_bound:
         return None
-    return replace(start, **found, residual_log_sd=spread, n_rows=int(chosen.sum()))
+    constants = replace(start, **found, residual_log_sd=spread, n_rows=int(chosen.sum()))
+    return FittedKernel(constants, measured_us[chosen], predict_us(constants)[chosen])

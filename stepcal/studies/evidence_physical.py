@@ -176,10 +176,10 @@ def h1b_evidence(components: pd.DataFrame) -> pd.DataFrame:
     """
     pooled = components[components["scope"] == POOLED]
     rows = [
-        _row(r["quantity"], PHYSICAL_COMPONENTS, r["component"], r["r"], f"{r['phase']}: {r['reason']}")
+        evidence_row(r["quantity"], PHYSICAL_COMPONENTS, r["component"], r["r"], f"{r['phase']}: {r['reason']}")
         for r in pooled.to_dict("records")
     ]
-    return _evidence(rows)
+    return evidence_table(rows)
 
 
 def closed_loop_intervals(runs: list[Run], values: Mapping[str, float]) -> pd.DataFrame:
@@ -246,17 +246,19 @@ def h2b_evidence(errors: pd.DataFrame, folds: pd.DataFrame, intervals: pd.DataFr
     for quantity, split in (("e2e_error_percent", "whole"), ("e2e_test_error_percent", "test")):
         chosen = own[(own["split"] == split) & ((split == "whole") | own["experiment_id"].isin(has_test))]
         rows += [
-            _row(quantity, DEFAULT, r["experiment_id"], r["judged_percent"], NOTHING_COMPLETES)
+            evidence_row(quantity, DEFAULT, r["experiment_id"], r["judged_percent"], NOTHING_COMPLETES)
             for r in chosen.to_dict("records")
         ]
     rows += [
-        _row("mspe_percent", DEFAULT, r["experiment_id"], r["mspe_percent"], r["reason"])
+        evidence_row("mspe_percent", DEFAULT, r["experiment_id"], r["mspe_percent"], r["reason"])
         for r in intervals[intervals["experiment_id"].isin(has_test)].to_dict("records")
     ]
     for r in folds.to_dict("records"):
         variant = LEAVE_OUT_VARIANTS[str(r["leave_out"])]
-        rows.append(_row("e2e_error_percent", variant, r["experiment_id"], r["judged_percent"], NOTHING_COMPLETES))
-    return _evidence(rows)
+        rows.append(
+            evidence_row("e2e_error_percent", variant, r["experiment_id"], r["judged_percent"], NOTHING_COMPLETES)
+        )
+    return evidence_table(rows)
 
 
 def h3_evidence(folder: Path | None, calibration_ids: set[str], *, accelerator: str | None = None) -> pd.DataFrame:
@@ -287,26 +289,30 @@ def h3_evidence(folder: Path | None, calibration_ids: set[str], *, accelerator: 
     """
     coefficients = load_coefficients(H3_COEFFICIENTS)  # refuses a file of another hash
     if folder is None:
-        return _evidence([])
+        return evidence_table([])
     cases, refused = read_supported_runs(folder, accelerator=accelerator, kv_offloading_gib=STUDY_OFFLOAD_GIB)
     rows, notes = [], {}
     for experiment, known in cases:
         if experiment.experiment_id in calibration_ids:
             rows.append(
-                _row("e2e_error_percent", CALIBRATION, experiment.experiment_id, NAN, "a run of the calibration")
+                evidence_row(
+                    "e2e_error_percent", CALIBRATION, experiment.experiment_id, NAN, "a run of the calibration"
+                )
             )
             continue
-        error, reason = _transfer_error(coefficients, experiment, known)
+        error, reason = transfer_error(coefficients, experiment, known)
         arrivals = POISSON if experiment.requests is None else REPLAYED
         notes[experiment.experiment_id] = "; ".join((arrivals, *(note.rstrip(".") for note in experiment.notes)))
         variant = BOARDS.get(experiment.deployment.accelerator.name, OTHER_GPU)
-        rows.append(_row("e2e_error_percent", variant, experiment.experiment_id, error["judged"], reason))
-        rows.append(_row("mspe_percent", variant, experiment.experiment_id, error["signed"], reason))
+        rows.append(evidence_row("e2e_error_percent", variant, experiment.experiment_id, error["judged"], reason))
+        rows.append(evidence_row("mspe_percent", variant, experiment.experiment_id, error["signed"], reason))
     for run in refused:
         variant = BOARDS.get(run.accelerator, OTHER_GPU)
         reason = f"{run.experiment_id}: {run.reason}"
-        rows += [_row(q, variant, run.experiment_id, NAN, reason) for q in ("e2e_error_percent", "mspe_percent")]
-    evidence = _evidence(rows)
+        rows += [
+            evidence_row(q, variant, run.experiment_id, NAN, reason) for q in ("e2e_error_percent", "mspe_percent")
+        ]
+    evidence = evidence_table(rows)
     return evidence.assign(note=evidence["unit"].map(notes).fillna(""))
 
 
@@ -319,7 +325,7 @@ def folder_sha256(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def _transfer_error(
+def transfer_error(
     coefficients: StepTimeModel, experiment: Experiment, known: pd.DataFrame
 ) -> tuple[dict[str, float], str]:
     """Signed error of the mean E2E (%), averaged over seeds where arrivals are generated, and what a criterion sees."""
@@ -353,11 +359,12 @@ def _correlation(values: FloatArray, label: FloatArray) -> dict[str, float | int
     return {"r": pearson_r(values, label), "n_steps": n, "reason": ""}
 
 
-def _row(quantity: object, variant: str, unit: object, value: float, reason: str) -> dict[str, str | float]:
+def evidence_row(quantity: object, variant: str, unit: object, value: float, reason: str) -> dict[str, str | float]:
     """One row of evidence; the reason stands only where there is no value."""
     about: dict[str, str | float] = {"quantity": str(quantity), "variant": variant, "unit": str(unit)}
     return {**about, "value": float(value), "reason": reason if math.isnan(value) else ""}
 
 
-def _evidence(rows: list[dict[str, str | float]]) -> pd.DataFrame:
+def evidence_table(rows: list[dict[str, str | float]]) -> pd.DataFrame:
+    """Return rows of evidence as the table that a judge takes."""
     return pd.DataFrame(rows, columns=list(EVIDENCE_COLUMNS)).astype({"value": float})

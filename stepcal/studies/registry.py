@@ -7,7 +7,7 @@ rows when asked to. Its provenance says which, and travels with the tables.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -34,6 +34,9 @@ from stepcal.studies.end_to_end import run_end_to_end
 from stepcal.studies.evidence_physical import run_physical_evidence
 from stepcal.studies.h1 import run_h1, run_rescored
 from stepcal.studies.h2 import run_h2
+from stepcal.studies.kernel_model import run_kernel_model
+from stepcal.studies.kernel_transfer import run_kernel_transfer
+from stepcal.studies.kernel_uncertainty import run_kernel_uncertainty
 from stepcal.studies.kv_offloading import run_offloading
 from stepcal.studies.label_audit import run_label_audit, run_reconstruction
 from stepcal.studies.physical_model import run_physical_model
@@ -49,7 +52,12 @@ END_TO_END = "end_to_end"
 LABEL_AUDIT, RECONSTRUCTION = "label_audit", "reconstruction"
 ATTRIBUTION, OFFLOADING = "attribution", "offloading"
 TRANSFER = "transfer"
+KERNEL_MODEL, KERNEL_TRANSFER, KERNEL_UNCERTAINTY = "kernel_model", "kernel_transfer", "kernel_uncertainty"
 PHYSICAL_MODEL, PHYSICAL_EVIDENCE, ABLATIONS = "physical_model", "physical_evidence", "ablations"
+_TRANSFER_TABLES: tuple[Callable[[Path | str | None], pd.DataFrame], ...] = (
+    lambda _: transfer_runs(),
+    lambda _: transfer_measured(),
+)
 STUDIES: dict[str, StudyKind] = {
     "h1": StudyKind(run_h1),
     "h2": StudyKind(run_h2),
@@ -85,8 +93,11 @@ STUDIES: dict[str, StudyKind] = {
         simulates=False,
     ),
     ABLATIONS: StudyKind(run_ablations, (load_steps, load_requests), simulates=False, costly=True),
-    TRANSFER: StudyKind(
-        run_transfer, (lambda _: transfer_runs(), lambda _: transfer_measured()), simulates=False, costly=True
+    TRANSFER: StudyKind(run_transfer, _TRANSFER_TABLES, simulates=False, costly=True),
+    KERNEL_MODEL: StudyKind(run_kernel_model, (load_requests,), simulates=False, costly=True),
+    KERNEL_TRANSFER: StudyKind(run_kernel_transfer, _TRANSFER_TABLES, simulates=False, costly=True),
+    KERNEL_UNCERTAINTY: StudyKind(
+        run_kernel_uncertainty, (load_requests, *_TRANSFER_TABLES), simulates=False, costly=True
     ),
 }
 """All studies by name."""

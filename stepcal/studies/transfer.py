@@ -7,7 +7,7 @@ here by its frozen rules, with the coefficients that it names.
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from stepcal.specs.hardware import load_accelerator
 from stepcal.specs.sampling import publishers_sampling
 from stepcal.specs.weight_formats import FULL_WIDTH, WeightWidths
 from stepcal.step_time.coefficients import StepTimeModel, load_coefficients
+from stepcal.step_time.compile import AnyStepTime
 from stepcal.studies.evidence_physical import BOARDS, H3_COEFFICIENTS, SEEDS
 from stepcal.studies.published_runs import STUDY_OFFLOAD_GIB
 from stepcal.studies.study import Tables
@@ -97,19 +98,29 @@ def _case(row: Mapping[Hashable, Any], measured: pd.DataFrame) -> Case:
     return experiment, summary_latencies(measured, workload.output_len)
 
 
-def transfer_errors(
-    coefficients: StepTimeModel, cases: list[Case], *, seeds: range = SEEDS, **options: float
+def transfer_errors(coefficients: StepTimeModel, cases: list[Case], *, seeds: range = SEEDS) -> pd.DataFrame:
+    """Simulate runs with given coefficients, and compare the mean over the seeds with what was measured; see `errors_of`."""
+    return errors_of(coefficients.compile, cases, coefficients.api_overheads_us(), seeds=seeds)
+
+
+def errors_of(
+    compile_step_time: Callable[[Deployment], AnyStepTime],
+    cases: list[Case],
+    overheads_us: Mapping[str, float],
+    *,
+    seeds: range = SEEDS,
 ) -> pd.DataFrame:
-    """Simulate runs with given coefficients, and compare the mean over the seeds with what was measured.
+    """Simulate runs with any step time, and compare the mean over the seeds with what was measured.
 
     Parameters
     ----------
-    coefficients : StepTimeModel
+    compile_step_time : callable
+        Step time of a deployment.
     cases : list of (Experiment, DataFrame)
+    overheads_us : mapping
+        API overheads, as `stepcal.simulator.simulate` takes them.
     seeds : range
         Of the Poisson arrivals.
-    **options
-        Of `stepcal.simulator.simulate`; the coefficients' API overheads by default.
 
     Returns
     -------
@@ -119,11 +130,10 @@ def transfer_errors(
     """
     parts = []
     for experiment, known in cases:
-        step_time = coefficients.compile(experiment.deployment)
+        step_time = compile_step_time(experiment.deployment)
         tables = []
         for seed in seeds:
-            settings = {**coefficients.api_overheads_us(), **options}
-            result = run_experiment(experiment, step_time, process="poisson", seed=seed, **settings)
+            result = run_experiment(experiment, step_time, process="poisson", seed=seed, **overheads_us)
             tables.append(compare(predicted_latencies(result, experiment.workload.output_len), known))
         by_key = pd.concat(tables).groupby(list(KEYS[1:]), sort=False)
         mean = by_key[["predicted", "measured", "error_percent"]].mean()

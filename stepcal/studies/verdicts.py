@@ -7,14 +7,18 @@ from pathlib import Path
 
 import pandas as pd
 
-from stepcal.datasets import content_sha256, experiments, published_h1, published_h2
+from stepcal.datasets import content_sha256, experiments, published_h1, published_h2, transfer_runs
 from stepcal.errors import InputError
 from stepcal.evaluation.preregistration import load_preregistration
 from stepcal.evaluation.verdict import Verdict, judge
 from stepcal.studies.evidence import h1_evidence, h2_evidence, published_h1_evidence, published_h2_evidence
+from stepcal.studies.evidence_kernels import h4_evidence
 from stepcal.studies.evidence_physical import folder_sha256, h1b_evidence, h2b_evidence, h3_evidence
 from stepcal.studies.provenance import MEASURED, NO_EVIDENCE, Provenance
 from stepcal.studies.registry import END_TO_END, PHYSICAL_EVIDENCE, PHYSICAL_MODEL, TRANSFER, load_study
+
+TAKE_RUNS = ("h3", "h4")
+"""Hypotheses about runs that are still to come."""
 
 
 def verdict_of(
@@ -28,11 +32,12 @@ def verdict_of(
         ``h1``, ``h2``, ``h2_step``, ``h1b``, ``h2b``, ``h3`` or ``h4``.
     data : path, optional
         Folder of the public layout; defaults to `STEPCAL_DATA`, and to the recorded evidence without it. For ``h3`` a folder
-        of new experiments (`stepcal.experiments.folders`), in place of the 31 runs of ``data/transfer/``.
+        of new experiments (`stepcal.experiments.folders`), in place of the 31 runs of ``data/transfer/``. For ``h4`` the
+        same; without one it is not evaluated.
     published : bool
         Judge the published per-experiment figures instead of our own.
     accelerator : str, optional
-        GPU of the new experiments of ``h3`` that do not name theirs.
+        GPU of the new experiments of ``h3`` or ``h4`` that do not name theirs.
 
     Returns
     -------
@@ -43,12 +48,12 @@ def verdict_of(
     ------
     InputError
         If the hypothesis is unknown, its pre-registration was changed, it has no published figures, or `accelerator` is
-        given for another than ``h3``.
+        given for another than ``h3`` and ``h4``.
     """
     registered = load_preregistration(hypothesis)
-    if accelerator is not None and registered.id != "h3":
+    if accelerator is not None and registered.id not in TAKE_RUNS:
         raise InputError(
-            f"`--accelerator` is for the new experiments of h3; `{registered.id}` takes none. Leave it out."
+            f"`--accelerator` is for the new experiments of h3 and h4; `{registered.id}` takes none. Leave it out."
         )
     if registered.id in _OURS:
         if published:
@@ -97,13 +102,15 @@ def _published_provenance(table: pd.DataFrame) -> Provenance:
     return Provenance("published", content_sha256(table), n_steps, len(experiments()))
 
 
-def _h4(data: Path | str | None, _: str | None) -> tuple[pd.DataFrame, Provenance]:
-    """Nothing to judge: the rules are frozen, the model that they speak of is not fitted yet."""
-    if data is not None:
-        raise InputError(
-            "`h4` is frozen, and its model is not fitted yet: there is nothing to judge. Leave out `--experiments`."
-        )
-    return pd.DataFrame(columns=["quantity", "variant", "unit", "value", "reason"]), Provenance(NO_EVIDENCE, "", 0, 0)
+def _h4(data: Path | str | None, accelerator: str | None) -> tuple[pd.DataFrame, Provenance]:
+    """Judge the runs of a folder that had not been seen when H4 was frozen; nothing else is confirmatory."""
+    if data is None:
+        return h4_evidence(None, set()), Provenance(NO_EVIDENCE, "", 0, 0)
+    folder = Path(data)
+    seen = set(experiments()["experiment_id"]) | set(transfer_runs()["experiment_id"])
+    evidence = h4_evidence(folder, seen, accelerator=accelerator)
+    n_runs = evidence["unit"].nunique()
+    return evidence, Provenance(MEASURED, folder_sha256(folder), n_runs, n_runs)
 
 
 _OURS: dict[str, Callable[[Path | str | None, str | None], tuple[pd.DataFrame, Provenance]]] = {
