@@ -32,6 +32,7 @@ from stepcal.units import US_PER_S
 
 # Rounds of the compiled loop between two looks at the progress bar and at Ctrl-C; well below a second.
 _ROUNDS_PER_VISIT = 1 << 18
+_ROUNDS_BETWEEN_REPORTS = 1 << 15  # about a sixth of a second
 _COMPILED_MODULES = (
     "layout",
     "compilation",
@@ -203,6 +204,7 @@ class EngineRun:
         """Run to the end."""
         advance = _compiled()
         n_requests = len(self.request_list)
+        rounds = _ROUNDS_PER_VISIT if on_progress is None else _ROUNDS_BETWEEN_REPORTS
         try:
             while True:
                 reason = advance(
@@ -214,7 +216,7 @@ class EngineRun:
                     self.recorder.record,
                     self.state,
                     self.batch,
-                    _ROUNDS_PER_VISIT,
+                    rounds,
                 )
                 if reason == at.NEEDS_DURATION:
                     batch = replace(self.recorder.last_batch(self.state), rejected=float(self.state.rejected))

@@ -119,3 +119,32 @@ def test_the_shell_can_complete_commands() -> None:
 def test_json_has_null_for_what_it_cannot_say(capsys) -> None:
     emit({"a": float("nan"), "b": [float("inf"), 1.0]}, "-", "")
     assert capsys.readouterr().out == '{\n  "a": null,\n  "b": [\n    null,\n    1.0\n  ]\n}\n'
+
+
+def on_a_terminal(arguments: list[str]) -> bytes:
+    """What a command writes to a terminal of 100 columns."""
+    import fcntl
+    import os
+    import pty
+    import struct
+    import termios
+
+    child, terminal = pty.fork()
+    if child == 0:
+        fcntl.ioctl(2, termios.TIOCSWINSZ, struct.pack("HHHH", 30, 100, 0, 0))
+        os.execv(sys.executable, [sys.executable, "-m", "stepcal", *arguments])
+    written = b""
+    try:
+        while part := os.read(terminal, 1 << 16):
+            written += part
+    except OSError:  # the child has closed it
+        pass
+    os.waitpid(child, 0)
+    return written
+
+
+@pytest.mark.usefixtures("folder")
+@pytest.mark.filterwarnings("ignore:.*use of forkpty.*")
+def test_on_a_terminal_errors_are_coloured_and_short_work_has_no_bar() -> None:
+    assert b"\x1b[31mError:\x1b[0m" in on_a_terminal([*SIMULATE, "--tp", "3"])
+    assert b"requests/s]" not in on_a_terminal(SIMULATE)
