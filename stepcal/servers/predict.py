@@ -16,7 +16,9 @@ from stepcal.simulator import StepBatch
 from stepcal.simulator.steptime import add_components
 from stepcal.specs.deployment import Deployment
 from stepcal.specs.step_work import floor_us
-from stepcal.step_time.coefficients import DEFAULT, StepTimeModel
+from stepcal.step_time.coefficients import StepTimeModel
+from stepcal.step_time.kernel_model import kernel_components_us
+from stepcal.step_time.learned import KERNELS, PHYSICAL
 from stepcal.step_time.physical import PhysicalModel, batch_features
 from stepcal.units import FloatArray
 
@@ -61,15 +63,21 @@ def step_batch(prefill_tokens: int, context_tokens: int, decode_requests: int) -
 def predict_step(coefficients: StepTimeModel, deployment: Deployment, batch: StepBatch) -> PredictedStep:
     """Predict one step by component."""
     total = add_components(coefficients.compile(deployment)(batch))
-    parts = _components_us(coefficients, deployment, batch)
+    parts = _components_us(coefficients, deployment, batch, total)
     tokens = np.array([float(batch.prefill_tokens + batch.decode_tokens)])
     kv = np.array([float(batch.decode_kv_tokens + batch.prefill_kv_tokens)])
     return PredictedStep(total, parts, float(floor_us(tokens, kv, deployment)[0]))
 
 
-def _components_us(coefficients: StepTimeModel, deployment: Deployment, batch: StepBatch) -> dict[str, float]:
+def _components_us(
+    coefficients: StepTimeModel, deployment: Deployment, batch: StepBatch, total: float
+) -> dict[str, float]:
     """Components by the model's own names where it has any, else the compiled terms."""
-    if coefficients.variant == DEFAULT:
+    if coefficients.variant == KERNELS.variant:
+        kernels = kernel_components_us(coefficients.values, deployment, batch)
+        kernels = {name: value for name, value in kernels.items() if value}
+        return {**kernels, "host beyond GPU": total - sum(kernels.values())}
+    if coefficients.variant == PHYSICAL.variant:
         found = PhysicalModel().components_us(coefficients.values, batch_features(batch, deployment))
         return {name: float(values[0]) for name, values in found.items() if values[0]}
     answer = coefficients.compile(deployment)(batch)

@@ -9,8 +9,6 @@ from stepcal.step_time.coefficients import StepTimeModel, load_coefficients
 from stepcal.step_time.learned import LEARNED_MODELS
 from stepcal.step_time.physical_parameters import LearnedParameter
 
-_PARAMETERS: dict[str, Sequence[LearnedParameter]] = {m.variant: m.parameters for m in LEARNED_MODELS.values()}
-
 
 def prior_of(name_or_path: str) -> tuple[StepTimeModel, Sequence[LearnedParameter]]:
     """Return coefficients to start from, and the parameters that data may move.
@@ -21,9 +19,9 @@ def prior_of(name_or_path: str) -> tuple[StepTimeModel, Sequence[LearnedParamete
         If the variant declares no priors.
     """
     coefficients = load_coefficients(name_or_path)
-    if coefficients.variant not in _PARAMETERS:
+    if coefficients.variant not in LEARNED_MODELS:
         raise InputError(
             f"`--prior {name_or_path}` is of the variant `{coefficients.variant}`, whose parameters have no priors. Known: "
-            f"{', '.join(_PARAMETERS)}."
+            f"{', '.join(LEARNED_MODELS)}."
         )
-    return coefficients, _PARAMETERS[coefficients.variant]
+    return coefficients, LEARNED_MODELS[coefficients.variant].parameters

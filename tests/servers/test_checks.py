@@ -43,7 +43,7 @@ def test_the_truth_is_predicted_exactly_at_every_stage_and_percentile(exact_log:
 
 def test_a_shipped_model_that_is_somewhat_off_is_no_mistake(exact_log: MakeLog) -> None:
     check = check_log(exact_log(), CheckOptions(load_known("default").coefficients, SHIPPED_VALIDITY))
-    assert -15.0 < float(check.error_percent("e2e") or 0.0) < -2.0  # the demo's layers are slower
+    assert 2.0 < abs(float(check.error_percent("e2e") or 0.0)) < 15.0  # the demo's attention is faster
     assert check.suspicions == ()
 
 
