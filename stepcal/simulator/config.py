@@ -80,7 +80,8 @@ class ServerConfig:
         Tokens of a KV block.
     enable_prefix_caching : bool
     offload_blocks : int
-        KV blocks that the pool in CPU memory can hold, 0 without KV offloading.
+        KV blocks that the pool in CPU memory can hold, 0 without KV offloading. It costs time only in releases that hold
+        blocks there until their request ends.
     async_scheduling : bool
         Whether a step is scheduled while the one before it runs (vLLM's default).
     vllm_version : str

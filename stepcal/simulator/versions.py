@@ -45,8 +45,10 @@ class VllmRelease:
         By the GPU's memory, most first.
     has_recorded_groups : bool
         Whether the KV cache of layers that differ in what they read was recorded.
-    offloads_prompts_only : bool
-        Whether KV offloading stores the blocks of prompts alone (`offload_prompt_only`).
+    holds_offloaded_blocks : bool
+        Whether blocks copied to the pool in CPU memory cannot be evicted from it until their request ends, so that a
+        small pool rejects requests; newer releases hold them until the copy is done, and copy prompts alone
+        (`offload_prompt_only`).
     """
 
     version: str
@@ -54,7 +56,7 @@ class VllmRelease:
     reuses_unfindable_blocks_first: bool
     gpu_memory_utilization: float
     default_limits: tuple[DefaultLimits, ...]
-    offloads_prompts_only: bool
+    holds_offloaded_blocks: bool
     has_recorded_groups: bool = False
 
     def limits_on(self, accelerator: str, memory_gib: float) -> DefaultLimits:
@@ -78,7 +80,7 @@ RELEASES = (
         reuses_unfindable_blocks_first=False,
         gpu_memory_utilization=0.90,
         default_limits=(_LARGE, _SMALL),
-        offloads_prompts_only=False,
+        holds_offloaded_blocks=True,
     ),
     VllmRelease(
         version="0.19.0",
@@ -86,7 +88,7 @@ RELEASES = (
         reuses_unfindable_blocks_first=False,
         gpu_memory_utilization=0.90,
         default_limits=(_LARGE, _SMALL),
-        offloads_prompts_only=False,
+        holds_offloaded_blocks=True,
     ),
     VllmRelease(
         version="0.24.0",
@@ -94,7 +96,7 @@ RELEASES = (
         reuses_unfindable_blocks_first=True,
         gpu_memory_utilization=0.92,
         default_limits=(_LARGE, _SMALL),
-        offloads_prompts_only=True,
+        holds_offloaded_blocks=False,
     ),
     VllmRelease(
         version="0.33.0",
@@ -102,7 +104,7 @@ RELEASES = (
         reuses_unfindable_blocks_first=True,
         gpu_memory_utilization=0.92,
         default_limits=(_LARGEST, _LARGE, _SMALL),
-        offloads_prompts_only=True,
+        holds_offloaded_blocks=False,
         has_recorded_groups=True,
     ),
 )
