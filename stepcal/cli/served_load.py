@@ -13,6 +13,7 @@ from stepcal.simulator import (
     Clients,
     RequestList,
     ServerConfig,
+    SimulationResult,
     Workload,
     read_workload,
     replay_requests,
@@ -57,6 +58,8 @@ class ServedLoad:
         Of the run.
     rejected : ndarray of int, shape (n_stages,)
         Requests of each stage that the server rejects at once, because they are longer than its context limit.
+    users : int
+        Of a chat whose prompts grow: request ``i`` is a turn of user ``i % users``. 0 for other loads.
     notes : tuple of str
     """
 
@@ -65,7 +68,25 @@ class ServedLoad:
     timeout_s: float
     name: str
     rejected: np.ndarray
+    users: int = 0
     notes: tuple[str, ...] = ()
+
+    def notes_on(self, result: SimulationResult) -> list[str]:
+        """Return the notes on what was sent, and one where a chat's turn went out before the answer that it carries."""
+        if not self.users:
+            return list(self.notes)
+        place = np.arange(len(self.requests)) if self.requests.index is None else self.requests.index
+        answered_us = np.full(int(place.max(initial=0)) + 1, np.inf)
+        answered_us[place] = np.where(result.is_finished, result.rows["finish_us"] + result.api_after_us, np.inf)
+        later = place >= self.users
+        early = int((result.sent_us[later] < answered_us[place[later] - self.users]).sum())
+        if not early:
+            return list(self.notes)
+        note = (
+            f"{early:,} of {int(later.sum()):,} later turns were sent before the answer that they carry; inference-perf "
+            "holds them back until it is there, so their users are slower than simulated."
+        )
+        return [*self.notes, note]
 
 
 def served_load(options: LoadOptions, server: ServerConfig) -> ServedLoad:
@@ -104,6 +125,7 @@ def served_load(options: LoadOptions, server: ServerConfig) -> ServedLoad:
         timeout_s=timeout_s if options.timeout_s is None else options.timeout_s,
         name=name,
         rejected=rejected,
+        users=workload.n_prompts if workload and workload.multi_turn_chat and options.requests is None else 0,
         notes=tuple(notes),
     )
 

@@ -84,7 +84,7 @@ def run_simulation(options: SimulateOptions, on_progress: Progress | None = None
     )
     if options.steps:
         _write_steps(result, options, architecture, load.name)
-    notes = [*architecture.notes, *sampled, *coefficients.notes(deployment), *load.notes]
+    notes = [*architecture.notes, *sampled, *coefficients.notes(deployment), *load.notes_on(result)]
     return {**with_rejected(result.summary(), load.rejected), **({"notes": notes} if notes else {})}
 
 

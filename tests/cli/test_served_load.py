@@ -74,6 +74,15 @@ def test_turns_that_outgrow_the_server_are_rejected_and_counted() -> None:
 
 
 @pytest.mark.usefixtures("folder")
+def test_turns_that_overtake_their_answers_are_noted() -> None:
+    workload({"type": "constant", "stages": [{"rate": 10, "duration": 2}]}, enable_multi_turn_chat=True)
+    # Five users, a turn each half a second; an answer takes one second.
+    assert any("15 of 15 later turns were sent before the answer" in note for note in simulated()["notes"])
+    workload({"type": "constant", "stages": [{"rate": 1, "duration": 20}]}, enable_multi_turn_chat=True)
+    assert "notes" not in simulated()
+
+
+@pytest.mark.usefixtures("folder")
 def test_a_closed_loop_sends_as_answers_come() -> None:
     result = simulated("--concurrency", 2, of="--requests")
     # Five rounds of 50 steps, two at a time, whatever the arrival times are.
