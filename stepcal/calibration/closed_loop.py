@@ -7,14 +7,15 @@ dropped. `sigma` is what the model is expected to miss, not the noise of a mean 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pandas as pd
-from scipy.optimize import least_squares
 from threadpoolctl import threadpool_limits
 
+from stepcal.calibration.gauss_newton import minimise, significant
+from stepcal.calibration.robust import soft, soft_slope
 from stepcal.calibration.training_rows import RequestLevel
 from stepcal.datasets.splits import STUDY_FRACTIONS
 from stepcal.errors import InputError
@@ -22,7 +23,7 @@ from stepcal.experiments.experiment import Experiment
 from stepcal.simulator import CompiledStepTime, RequestList, simulate
 from stepcal.step_time.learned import PHYSICAL, LearnedModel
 from stepcal.step_time.physical import PhysicalFeatures, PhysicalModel
-from stepcal.step_time.physical_parameters import PARAMETERS, LearnedParameter, as_array, by_name
+from stepcal.step_time.physical_parameters import API_PARAMETERS, PARAMETERS, LearnedParameter, as_array, by_name
 from stepcal.threads import each
 from stepcal.units import US_PER_S, BoolArray, FloatArray
 
@@ -32,14 +33,20 @@ SIGMA_LATENCY = {"e2e": 0.01, "tpot": 0.01, "ttft": 0.05}
 """Errors expected of a stage's means where requests do not queue."""
 SIGMA_OVERLOADED = {"e2e": 0.05, "tpot": 0.02, "ttft": 0.05, "completed": 0.05}
 """In an overloaded run 1% of step time is 5% of the queue's length."""
-ROBUST_SIGMAS = 2.0
-"""Errors beyond this many sigmas count linearly (Huber 1964, doi:10.1214/aoms/1177703732)."""
 MISSING_RESIDUAL = 30.0
 """Residual where a simulation completes nothing that was measured."""
-DIFFERENCE_STEP = 4e-3
-"""Step of finite differences in the logarithm: well above the jitter of single requests changing batches."""
-CONVERGED = 1e-3
-MAX_EVALUATIONS = 12
+DIFFERENCE_SHARE = 0.1
+"""Steps of central differences, as a share of each parameter's prior standard deviation (0.5% to 10% of its value). A change
+of 1e-5 already jitters mean TTFTs by 0.03 of their sigma, as single requests change batches: a derivative over a step of
+0.4% held more jitter than slope, and took it for information."""
+CONVERGED = 0.1
+"""A fit through the simulator is done where a step promises to move it by less than a tenth of a standard deviation."""
+CONVERGED_SMOOTH = 1e-7
+"""The same at the request level, where nothing jitters."""
+MAX_JACOBIANS = 8
+CHORD_STEPS = 4
+"""Steps on one Jacobian, which costs ten times the residuals."""
+MAX_JACOBIANS_SMOOTH = 200
 
 
 @dataclass(frozen=True)
@@ -74,7 +81,10 @@ class Calibration:
     labels : tuple of (str, ...)
         Experiment of each data row.
     n_evaluations : int
+        Of the residuals, without those of the Jacobians.
     level : str
+    remaining : float
+        Length of the step that was not taken, in standard deviations (`stepcal.calibration.gauss_newton.Solution`).
     """
 
     values: dict[str, float]
@@ -84,6 +94,7 @@ class Calibration:
     n_evaluations: int
     level: str
     parameters: tuple[LearnedParameter, ...] = field(default=PARAMETERS)
+    remaining: float = 0.0
 
     @property
     def log_values(self) -> FloatArray:
@@ -198,25 +209,18 @@ def _run_residuals(run: Run, e2e: FloatArray, ttft: FloatArray) -> FloatArray:
 
 
 def workload_jacobian(
-    runs: Sequence[Run],
-    log_theta: FloatArray,
-    *,
-    residuals: FloatArray | None = None,
-    model: LearnedModel = PHYSICAL,
-    workers: int = 1,
+    runs: Sequence[Run], log_values: FloatArray, *, model: LearnedModel = PHYSICAL, workers: int = 1
 ) -> FloatArray:
-    """Forward differences of `workload_residuals` by ``log(theta)``; the step is wide enough for what a simulation jitters.
+    """Central differences of `workload_residuals` by the logarithms of the values, over `DIFFERENCE_SHARE` of the priors.
 
-    A run is simulated anew only for the numbers that change its step time or its API overhead: no collectives without
+    A run is simulated anew only for the parameters that change its step time or its API overhead: no collectives without
     tensor parallelism, no mixture layers in a dense model.
 
     Parameters
     ----------
     runs : sequence of Run
-    log_theta : ndarray, shape (n_parameters,)
-        Logarithms of the numbers, in the order of the model's parameters.
-    residuals : ndarray, shape (n_residuals,), optional
-        Those at the same place, where they are known already.
+    log_values : ndarray, shape (n_parameters,)
+        In the order of the model's parameters.
     model : LearnedModel
     workers : int
         Threads that simulate; their number changes no bit of the result.
@@ -225,25 +229,34 @@ def workload_jacobian(
     -------
     ndarray, shape (n_residuals, n_parameters)
     """
-    values = by_name(np.exp(log_theta), model.parameters)
-    base = workload_residuals(runs, values, model=model, workers=workers)[0] if residuals is None else residuals
-    sizes = [len(r.targets) * len(SIGMA_OVERLOADED if r.experiment.overloaded else SIGMA_LATENCY) for r in runs]
-    ends = np.cumsum([0, *sizes])
-    step_times = [model.compile(values, run.experiment.deployment) for run in runs]
+    learned = model.parameters
+    step_times = [model.compile(_values(log_values, learned), run.experiment.deployment) for run in runs]
 
     def difference(job: tuple[int, int]) -> FloatArray:
         i, j = job
-        moved = by_name(np.exp(log_theta + DIFFERENCE_STEP * (np.arange(log_theta.size) == j)), model.parameters)
-        step_time = model.compile(moved, runs[i].experiment.deployment)
-        if step_time.same_as(step_times[i]) and moved["api_before_us"] == values["api_before_us"]:
-            return np.zeros(sizes[i])
-        there = _run_residuals(runs[i], *_latencies_s(runs[i], step_time, moved))
-        return (there - base[ends[i] : ends[i + 1]]) / DIFFERENCE_STEP
+        step = DIFFERENCE_SHARE * learned[j].prior_log_sd * (np.arange(log_values.size) == j)
+        ends = []
+        for values in (_values(log_values + step, learned), _values(log_values - step, learned)):
+            step_time = model.compile(values, runs[i].experiment.deployment)
+            if step_time.same_as(step_times[i]) and learned[j] not in API_PARAMETERS:
+                return np.zeros(_n_residuals(runs[i]))
+            ends.append((values, _run_residuals(runs[i], *_latencies_s(runs[i], step_time, values))))
+        (above, there), (below, here) = ends
+        return (there - here) / np.log(above[learned[j].name] / below[learned[j].name])
 
-    jobs = [(i, j) for j in range(log_theta.size) for i in range(len(runs))]
+    jobs = [(i, j) for j in range(log_values.size) for i in range(len(runs))]
     parts = each(difference, jobs, workers=workers)
-    columns = [parts[j * len(runs) : (j + 1) * len(runs)] for j in range(log_theta.size)]
+    columns = [parts[j * len(runs) : (j + 1) * len(runs)] for j in range(log_values.size)]
     return np.column_stack([np.concatenate([np.zeros(0), *column]) for column in columns])
+
+
+def _n_residuals(run: Run) -> int:
+    return len(run.targets) * len(SIGMA_OVERLOADED if run.experiment.overloaded else SIGMA_LATENCY)
+
+
+def _values(log_values: FloatArray, learned: Sequence[LearnedParameter]) -> dict[str, float]:
+    """Return values by name, rounded: a simulation makes much of the last bit, in which machines differ."""
+    return by_name(significant(np.exp(log_values)), learned)
 
 
 def interval_residuals(level: RequestLevel, values: Mapping[str, float]) -> FloatArray:
@@ -272,24 +285,6 @@ def log_gradient(values: Mapping[str, float], features: PhysicalFeatures) -> Flo
     return np.column_stack([gradient.get(p.name, silent) * values[p.name] / predicted for p in PARAMETERS])
 
 
-def soft(errors: FloatArray) -> FloatArray:
-    """Pseudo-Huber residuals: as they are up to `ROBUST_SIGMAS`, their squares linear beyond.
-
-    So a run that the model misses does not bend the rest.
-    """
-    scaled = errors / ROBUST_SIGMAS
-    return np.sign(errors) * ROBUST_SIGMAS * np.sqrt(2.0 * (np.hypot(1.0, scaled) - 1.0))
-
-
-def soft_slope(errors: FloatArray) -> FloatArray:
-    """Derivative of `soft`."""
-    scaled = np.abs(errors) / ROBUST_SIGMAS
-    height = np.hypot(1.0, scaled)
-    small = scaled < 1e-4  # the quotient below is 0 / 0 there
-    root = np.sqrt(2.0 * np.where(small, 1.0, height - 1.0))
-    return np.where(small, 1.0, scaled / (height * root))
-
-
 def interval_scales(level: RequestLevel) -> tuple[FloatArray, FloatArray]:
     """Sigma of each row, and the share of its experiment's weight that it has."""
     sizes = level.rows.groupby("experiment_id")["interval_us"].transform("size").to_numpy(dtype=float)
@@ -304,10 +299,10 @@ def calibrate(
     level: RequestLevel | None = None,
     model: LearnedModel = PHYSICAL,
     start: Mapping[str, float] | None = None,
-    max_evaluations: int = MAX_EVALUATIONS,
+    max_jacobians: int | None = None,
     workers: int = 1,
 ) -> Calibration:
-    """Fit the numbers at the request level, the workload level, or jointly.
+    """Fit the parameters at the request level, the workload level, or jointly.
 
     Parameters
     ----------
@@ -320,8 +315,9 @@ def calibrate(
         What is fitted.
     start : mapping of str to float, optional
         Parameters by name; defaults to the priors.
-    max_evaluations : int
-        Of residuals and Jacobian together; a workload-level Jacobian takes one pass of the runs that it touches a number.
+    max_jacobians : int, optional
+        Defaults to `MAX_JACOBIANS` through the simulator and `MAX_JACOBIANS_SMOOTH` without it. A workload-level Jacobian
+        simulates each run twice a parameter that touches it.
     workers : int
         Threads that simulate; their number changes no bit of the result. Leave it at 1 where processes fit side by side.
 
@@ -338,53 +334,57 @@ def calibrate(
         raise InputError(f"`level` holds features of the physical model; `{model.variant}` is fitted to `runs` alone.")
     if not runs and (level is None or level.rows.empty):
         raise InputError("There is nothing to fit: give `runs`, `level`, or both.")
+    residuals, jacobian = _objective(runs, level, model, workers)
+    learned = model.parameters
+    low, high = np.array([[p.low for p in learned], [p.high for p in learned]])
+    solution = minimise(
+        residuals,
+        jacobian,
+        np.log([p.start for p in learned] if start is None else as_array(start, learned)),
+        (np.log(low), np.log(high)),
+        tolerance=CONVERGED if runs else CONVERGED_SMOOTH,
+        max_jacobians=max_jacobians or (MAX_JACOBIANS if runs else MAX_JACOBIANS_SMOOTH),
+        chord_steps=CHORD_STEPS if runs else 1,
+        snap=(lambda x: np.log(significant(np.exp(x)))) if runs else (lambda x: x),
+    )
+    labels = [run.experiment.experiment_id for run in runs for _ in range(_n_residuals(run))]
+    labels += [] if level is None else level.rows["experiment_id"].tolist()
+    return Calibration(
+        _values(solution.x, learned),
+        solution.residuals,
+        solution.jacobian,
+        tuple(labels),
+        solution.n_evaluations,
+        "joint" if runs and level is not None else "workload" if runs else "request",
+        learned,
+        solution.remaining,
+    )
+
+
+def _objective(
+    runs: Sequence[Run], level: RequestLevel | None, model: LearnedModel, workers: int
+) -> tuple[Callable[[FloatArray], FloatArray], Callable[[FloatArray], FloatArray]]:
+    """Whitened residuals by log values, priors last, and their Jacobian."""
     learned = model.parameters
     prior = np.log([p.start for p in learned])
     scale = np.array([p.prior_log_sd for p in learned])
-    labels: list[str] = []
-    # The optimiser asks for residuals and then for their Jacobian at the same place.
-    known: dict[bytes, FloatArray] = {}
+
+    def values_of(x: FloatArray) -> dict[str, float]:
+        return _values(x, learned) if runs else by_name(np.exp(x), learned)
 
     def residuals(x: FloatArray) -> FloatArray:
-        values, parts = by_name(np.exp(x), learned), []
-        labels.clear()
-        known.clear()
-        if runs:
-            errors, names = workload_residuals(runs, values, model=model, workers=workers)
-            known[x.tobytes()] = errors
-            parts.append(errors)
-            labels.extend(names)
+        parts = [workload_residuals(runs, values_of(x), model=model, workers=workers)[0]] if runs else []
         if level is not None:
-            parts.append(interval_residuals(level, values))
-            labels.extend(level.rows["experiment_id"])
+            parts.append(interval_residuals(level, values_of(x)))
         return np.concatenate([*parts, (x - prior) / scale])
 
     def jacobian(x: FloatArray) -> FloatArray:
-        at_hand = known.get(x.tobytes())
-        parts = [workload_jacobian(runs, x, residuals=at_hand, model=model, workers=workers)] if runs else []
+        parts = [workload_jacobian(runs, x, model=model, workers=workers)] if runs else []
         if level is not None:
-            parts.append(interval_jacobian(level, by_name(np.exp(x))))
+            parts.append(interval_jacobian(level, values_of(x)))
         return np.vstack([*parts, np.diag(1.0 / scale)])
 
-    low, high = np.log([[p.low for p in learned], [p.high for p in learned]])
-    first = prior if start is None else np.log(as_array(start, learned))
-    first = np.clip(first, low + 1e-9, high - 1e-9)
-    solution = least_squares(
-        residuals,
-        first,
-        jac=jacobian,
-        bounds=(low, high),
-        method="trf",
-        x_scale=scale,
-        loss="linear",
-        xtol=CONVERGED,
-        ftol=CONVERGED,
-        max_nfev=max_evaluations,
-    )
-    final = residuals(solution.x)
-    name = "joint" if runs and level is not None else "workload" if runs else "request"
-    values = by_name(np.exp(solution.x), learned)
-    return Calibration(values, final, solution.jac, tuple(labels), int(solution.nfev), name, learned)
+    return residuals, jacobian
 
 
 def fit_joint(runs: Sequence[Run], rows: RequestLevel, *, workers: int = 1) -> Calibration:

@@ -115,7 +115,8 @@ def assess(
     relative = jacobian * theta
     singular, vectors = np.linalg.svd(relative, full_matrices=False)[1:]
     rank = int(np.sum(singular > RANK_TOLERANCE * singular[0])) if singular.size and singular[0] > 0 else 0
-    identifiability = Identifiability(singular, rank)
+    # What counts as zero is the noise of the arithmetic, and differs between machines.
+    identifiability = Identifiability(np.where(np.arange(singular.size) < rank, singular, 0.0), rank)
 
     at_bound = np.array([_bound_reached(p, v) for p, v in zip(parameters, theta, strict=True)])
     unused = ~np.any(relative != 0, axis=0)

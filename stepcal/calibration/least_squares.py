@@ -1,7 +1,9 @@
 """Fits correction models: nonlinear least squares on ``log(predicted / actual)``, by scipy's trust region.
 
 Beside the numbers a fit says what they are worth: an interval for each parameter that the data determine, and for each
-one that they do not, why not. The Jacobian is analytic, ``d log(p) / d theta = gradient / p``.
+one that they do not, why not. The Jacobian is analytic, ``d log(p) / d theta = gradient / p``. The trust region stops where
+its steps become small, elsewhere on every machine: Gauss-Newton takes the quotients factor / MFU, which data can determine,
+from there to the minimum; of all factors and MFUs with these quotients the fit takes those nearest to where it started.
 """
 
 from __future__ import annotations
@@ -9,9 +11,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.optimize import least_squares
 from threadpoolctl import threadpool_limits
 
+from stepcal.calibration.gauss_newton import Solution, minimise, significant
 from stepcal.calibration.identifiability import Estimate, Identifiability, assess
 from stepcal.errors import InputError
 from stepcal.step_time.corrections import CorrectionModel, Model36, Phase16, StepFeatures
@@ -22,6 +26,9 @@ MAX_EVALUATIONS = 5_000
 """The study's limit."""
 THRESHOLD_GRID = 8
 """Quantiles of a component's arithmetic intensity at which `fit_phase16` tries the threshold."""
+POLISHED = 1e-11
+"""A fit is polished where a step promises to lower the root of its objective by less, which is of the order of 100."""
+MAX_POLISHING = 100
 PROFILE_SWEEPS = 2
 """Rounds over the four thresholds; the second has changed nothing on any data we have."""
 
@@ -148,7 +155,7 @@ def fit_phase16(
         before = theta[12:].copy()
         for component in range(len(STUDY_COMPONENTS)):
             for threshold in _threshold_grid(model, features, component):
-                candidate = theta.copy()
+                candidate = np.concatenate([theta0[:12], theta[12:]])
                 candidate[12 + component] = threshold
                 tried = _solve(model, cells, candidate, max_evaluations)
                 evaluations += tried[2]
@@ -207,7 +214,84 @@ def _solve(
         x_scale="jac",
         max_nfev=max_evaluations,
     )
-    return solution.x, 2 * float(solution.cost) + cells.scatter, int(solution.nfev), bool(solution.success)
+    if not solution.success:
+        return solution.x, 2 * float(solution.cost) + cells.scatter, int(solution.nfev), False
+    theta, evaluations = _polish(model, cells, solution.x, theta0)
+    cost = float(np.sum(cells.residuals(model, theta) ** 2)) + cells.scatter
+    return theta, cost, int(solution.nfev) + evaluations, True
+
+
+def _polish(model: CorrectionModel, cells: _Cells, theta: FloatArray, start: FloatArray) -> tuple[FloatArray, int]:
+    """Go from a nearby point to the minimum, and to one of the many places where it is; return that and evaluations used."""
+    low, high = (np.array([getattr(p, name) for p in model.parameters]) for name in ("low", "high"))
+    used = np.any(cells.jacobian(model, theta) != 0, axis=0)
+    groups = {mfu: factors[used[factors]] for mfu, factors in _factors_of(model).items()}
+    # With all MFUs at 1 the factors are the quotients, and every one of them can be told.
+    quotients, lowest, highest = theta.copy(), low.copy(), high.copy()
+    for mfu, own in groups.items():
+        quotients[own] /= theta[mfu]
+        quotients[mfu] = 1.0
+        lowest[own], highest[own] = low[own] / high[mfu], high[own] / low[mfu]
+    told = used & ~np.isin(np.arange(theta.size), list(groups))
+    solution = _minimum(model, cells, quotients, told, (lowest, highest))
+    if not all(_mfu_range(solution.x[own], mfu, own, (low, high))[2] for mfu, own in groups.items()):
+        # Factors that share an MFU can be farther apart than their bounds.
+        solution = _minimum(model, cells, theta, used, (low, high))
+    polished = solution.x.copy()
+    for mfu, factors in _factors_of(model).items():
+        own = groups[mfu]
+        polished[factors[~used[factors]]] = start[factors[~used[factors]]]
+        ratio = solution.x[own] / solution.x[mfu]
+        shortest, longest, _ = _mfu_range(ratio, mfu, own, (low, high))
+        # As near to the start as the bounds allow, in the logarithm.
+        nearest = np.exp(np.mean(np.log([start[mfu], *(start[own] / ratio)])))
+        polished[mfu] = np.clip(nearest, shortest, max(shortest, longest))
+        polished[own] = ratio * polished[mfu]
+    # A threshold is a step's own intensity: rounded, it would put that step in another regime.
+    named = {name for c in model.combinations for name, _ in c.exponents}
+    fitted = used | np.array([p.name in named for p in model.parameters])
+    return np.where(fitted, np.clip(significant(polished), low, high), theta), solution.n_evaluations
+
+
+def _minimum(
+    model: CorrectionModel,
+    cells: _Cells,
+    theta: FloatArray,
+    moving: NDArray[np.bool_],
+    bounds: tuple[FloatArray, FloatArray],
+) -> Solution:
+    """Minimise over some of the parameters; the solution holds all of them."""
+
+    def moved(x: FloatArray) -> FloatArray:
+        full = theta.copy()
+        full[moving] = x
+        return full
+
+    solution = minimise(
+        lambda x: cells.residuals(model, moved(x)),
+        lambda x: cells.jacobian(model, moved(x))[:, moving],
+        theta[moving],
+        (bounds[0][moving], bounds[1][moving]),
+        tolerance=POLISHED,
+        max_jacobians=MAX_POLISHING,
+    )
+    return replace(solution, x=moved(solution.x))
+
+
+def _mfu_range(
+    quotients: FloatArray, mfu: int, factors: NDArray[np.intp], bounds: tuple[FloatArray, FloatArray]
+) -> tuple[float, float, bool]:
+    """MFUs with which all factors, quotient times MFU, are within bounds, and whether there are any but for rounding."""
+    shortest = float(np.max([bounds[0][mfu], *(bounds[0][factors] / quotients)]))
+    longest = float(np.min([bounds[1][mfu], *(bounds[1][factors] / quotients)]))
+    return shortest, longest, shortest <= longest * (1.0 + 1e-9)
+
+
+def _factors_of(model: CorrectionModel) -> dict[int, NDArray[np.intp]]:
+    """Place of each MFU and of the factors that it divides; each combination is a factor over an MFU."""
+    index = {p.name: j for j, p in enumerate(model.parameters)}
+    pairs = [[index[name] for name, _ in c.exponents] for c in model.combinations]
+    return {mfu: np.array([f for f, m in pairs if m == mfu]) for mfu in sorted({m for _, m in pairs})}
 
 
 def _fit_families(

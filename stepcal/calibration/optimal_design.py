@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from stepcal.calibration.closed_loop import SIGMA_INTERVAL, Calibration, log_gradient
+from stepcal.calibration.gauss_newton import significant
 from stepcal.specs.architecture import load_architecture
 from stepcal.specs.deployment import Deployment
 from stepcal.specs.hardware import load_accelerator
@@ -61,8 +62,11 @@ def rank_next_experiments(fitted: Calibration, *, accelerator: str = "h100-sxm",
             spread = np.einsum("ij,jk,ik->i", gradient, covariance, gradient)
             for (b, c, p), j, s in zip(grid, gradient, spread, strict=True):
                 shrink = (covariance @ j) ** 2 / (1.0 + s) / np.diag(covariance)
-                rows.append((name, degree, b, c, p, 0.5 * np.log1p(s), PARAMETERS[int(np.argmax(shrink))].name))
+                most_about = PARAMETERS[int(np.argmax(significant(shrink)))].name
+                rows.append((name, degree, b, c, p, 0.5 * np.log1p(s), most_about))
     columns = ["model", "tensor_parallel", "batch", "context_tokens", "prefill_tokens", "gain_nats", "tells_most_about"]
-    table = pd.DataFrame(rows, columns=columns).sort_values("gain_nats", ascending=False)
+    table = pd.DataFrame(rows, columns=columns)
+    # Rows that are equal but for the last bits stay in the order of the grid, on every machine.
+    table = table.iloc[np.argsort(-significant(table["gain_nats"].to_numpy()), kind="stable")]
     best = table.drop_duplicates(["model", "tensor_parallel", "tells_most_about"])
     return best.head(most).reset_index(drop=True)

@@ -296,18 +296,35 @@ def download() -> None:
 @app.command()
 @reports_errors
 def record(
+    studies: Annotated[list[str] | None, typer.Argument(help="Studies to record or check; all by default.")] = None,
     data: Data = None,
     check: Annotated[
         bool, typer.Option("--check", help="Change nothing; exit with 1 if a recording differs from what is computed.")
     ] = False,
 ) -> None:
-    """Compute the results that need traces and write them to data/recorded, for builds without traces."""
-    from stepcal.studies.record_all import record_all
+    """Compute the results that need traces and write them to data/recorded, for builds without traces.
 
-    differences = record_all(data, check=check)
-    for line in differences:
-        typer.echo(line, err=True)
-    if check and differences:
+    With --check, a table may differ from its recording by its tolerance in data/recorded/tolerances.csv: a share of its
+    interval, or of the last place that a page shows. The largest difference is printed in units of that.
+    Examples: stepcal record --check; stepcal record h2 end_to_end
+    """
+    from stepcal.studies.record_all import check_all, record_all
+
+    if not check:
+        for path in record_all(data, only=studies or ()):
+            typer.echo(f"wrote {path}", err=True)
+        return
+    largest = []
+    for name, differences in check_all(data, only=studies or ()):
+        for found in differences:
+            if found.size > 1.0:
+                typer.echo(f"{name}: {found}", err=True)
+        worst = max(differences, key=lambda found: found.size)
+        largest.append((worst.size, name, worst))
+        typer.echo(f"{name}: largest difference {worst.size:.2g} of its tolerance", err=True)
+    size, name, worst = max(largest, key=lambda row: row[0])
+    typer.echo(f"largest difference: {size:.2g} of its tolerance ({name}, {worst.table} {worst.column})", err=True)
+    if size > 1.0:
         raise typer.Exit(1)
 
 

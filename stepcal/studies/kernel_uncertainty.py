@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from stepcal.calibration.closed_loop import ROBUST_SIGMAS, SIGMA_LATENCY, SIGMA_OVERLOADED, prepare_runs
+from stepcal.calibration.closed_loop import SIGMA_LATENCY, SIGMA_OVERLOADED, prepare_runs
+from stepcal.calibration.robust import ROBUST_SIGMAS
 from stepcal.experiments.experiment import Experiment
 from stepcal.experiments.latencies import WHOLE, measured_latencies
 from stepcal.kernels import load_kernels

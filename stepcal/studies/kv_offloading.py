@@ -38,6 +38,7 @@ HELD_BIN_BLOCKS = 200
 MIN_STEPS = 20
 MIN_CALLS = 100
 POOL_GRID_GIB = np.round(np.arange(4.0, 16.05, 0.1), 1)
+CONVERGED = 1e-14
 N_PIECES = 20
 """Contiguous pieces of a run that are drawn anew for an interval: neighbouring steps are much alike."""
 N_DRAWS = 500
@@ -418,7 +419,8 @@ def _fit_scan(label: FloatArray, running: FloatArray, rejected: FloatArray) -> O
     def residuals(x: FloatArray) -> FloatArray:
         return np.asarray(np.log((np.exp(x[0]) * running + np.exp(x[1]) * rejected) / label))
 
-    return least_squares(residuals, [np.log(7.0), np.log(100.0)], bounds=([0.0, 0.0], [5.0, 8.0]))
+    until = dict.fromkeys(("xtol", "ftol", "gtol"), CONVERGED)
+    return least_squares(residuals, [np.log(7.0), np.log(100.0)], bounds=([0.0, 0.0], [5.0, 8.0]), **until)
 
 
 def _slope_at_fixed_batch(values: pd.DataFrame) -> tuple[float, float, float]:

@@ -15,7 +15,9 @@ import numpy as np
 import pandas as pd
 from scipy.optimize import least_squares
 
-from stepcal.calibration.closed_loop import interval_scales, soft
+from stepcal.calibration.closed_loop import interval_scales
+from stepcal.calibration.gauss_newton import significant
+from stepcal.calibration.robust import soft
 from stepcal.calibration.training_rows import RequestLevel, training_rows
 from stepcal.errors import InputError
 from stepcal.step_time.physical import PhysicalFeatures, PhysicalModel, Values
@@ -24,6 +26,8 @@ from stepcal.units import NS_PER_US, PERCENT, FloatArray
 
 SUPPORT_OBJECTIVE = 4.0
 """Smallest difference of objectives (``-2 log`` of a posterior density) that counts: two standard deviations of a number."""
+CONVERGED = 1e-14
+"""Relative change of parameters, objective and gradient at which a form is fitted: as far as differences of it go."""
 SUPPORTED, CONTRADICTED, OPEN = "supported", "contradicted", "cannot tell"
 
 
@@ -207,9 +211,10 @@ def fit_form(form: Form, rows: RequestLevel) -> FormFit:
         errors = np.log(form.predict_us(by_name(np.exp(x), form.parameters), rows.features) / measured) / sigma
         return np.concatenate([share * soft(errors), (x - priors) / scale])
 
-    solution = least_squares(residuals, priors, jac="3-point", bounds=(low, high), x_scale=scale)
+    until = {"xtol": CONVERGED, "ftol": CONVERGED, "gtol": CONVERGED}
+    solution = least_squares(residuals, priors, jac="3-point", bounds=(low, high), x_scale=scale, **until)
     return FormFit(
-        by_name(np.exp(solution.x), form.parameters),
+        by_name(significant(np.exp(solution.x)), form.parameters),
         float(2.0 * solution.cost),
         float(np.sum(residuals(solution.x)[: measured.size] ** 2)),
     )

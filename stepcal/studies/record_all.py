@@ -3,64 +3,80 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 
 from stepcal.datasets import have_traces
-from stepcal.errors import MissingDataError
+from stepcal.errors import InputError, MissingDataError
 from stepcal.files import write_atomically
 from stepcal.locations import data_folder
 from stepcal.step_time.coefficients import SHIPPED_VARIANTS
 from stepcal.studies.records import Recording, read_recorded, record_exists, write_recorded
 from stepcal.studies.registry import STUDIES, load_study
 from stepcal.studies.study import Study
-
-RELATIVE_TOLERANCE = 1e-6
-"""How far a recomputed number may be from the recorded one: iterative fits stop at about 1e-8."""
+from stepcal.studies.tolerances import Difference, difference, tolerances_of
 
 
-def record_all(data: Path | str | None = None, *, check: bool = False) -> list[str]:
-    """Record all studies, or compare them with their recordings.
+def record_all(data: Path | str | None = None, *, only: Sequence[str] = ()) -> list[Path]:
+    """Record studies.
 
     Parameters
     ----------
     data : path, optional
         Folder of the public layout; defaults to `STEPCAL_DATA`.
-    check : bool
-        Write nothing.
+    only : sequence of str
+        Studies; all by default.
 
     Returns
     -------
-    list of str
-        Where `check`: the differences found, a line each. Otherwise the files written.
+    list of Path
+        The files written.
 
     Raises
     ------
+    InputError
+        If a study is unknown.
     MissingDataError
         If the traces are not at hand: there is nothing to compute.
     """
+    paths = []
+    for study in _computed(data, only):
+        provenance = {k: v for k, v in asdict(study.provenance).items() if k not in ("kind", "recorded")}
+        recording = Recording(study.tables, study.texts, {"kind": "measured", **provenance})
+        paths.append(write_recorded(study.name, recording))
+        if study.name == "h2":
+            paths += [write_variant_coefficients(variant) for variant in SHIPPED_VARIANTS]
+    return paths
+
+
+def check_all(data: Path | str | None = None, *, only: Sequence[str] = ()) -> Iterator[tuple[str, list[Difference]]]:
+    """Compute studies anew and compare them with their recordings, one after the other.
+
+    Parameters and errors are those of `record_all`, and those of `compare_with_recording`.
+
+    Yields
+    ------
+    name : str
+    differences : list of Difference
+        The largest of each table; a size above 1 is a finding.
+    """
+    for study in _computed(data, only):
+        yield study.name, compare_with_recording(study)
+
+
+def _computed(data: Path | str | None, only: Sequence[str]) -> Iterator[Study]:
+    unknown = [name for name in only if name not in STUDIES]
+    if unknown:
+        raise InputError(f"Unknown study `{unknown[0]}`. Studies: {', '.join(STUDIES)}.")
     if not have_traces(data):
         raise MissingDataError(
             "Recording needs the step traces. Set STEPCAL_DATA to their folder (see data/README.md)."
         )
-    lines = []
-    for name in STUDIES:
-        if check and not record_exists(name):
-            lines.append(f"{name}: was never recorded")
-            continue
-        study = load_study(name, data=data, recompute=True)
-        if check:
-            lines += [f"{name}: {difference}" for difference in differences(study)]
-        else:
-            provenance = {k: v for k, v in asdict(study.provenance).items() if k not in ("kind", "recorded")}
-            path = write_recorded(name, Recording(study.tables, study.texts, {"kind": "measured", **provenance}))
-            lines.append(f"wrote {path}")
-    if not check:
-        lines += [f"wrote {write_variant_coefficients(variant)}" for variant in SHIPPED_VARIANTS]
-    return lines
+    for name in only or STUDIES:
+        yield load_study(name, data=data, recompute=True)
 
 
 def write_variant_coefficients(variant: str) -> Path:
@@ -85,34 +101,25 @@ def write_variant_coefficients(variant: str) -> Path:
 
 
 def differences(study: Study) -> list[str]:
-    """Compare a study that was computed with its recording; an empty list if they agree."""
+    """Compare a study that was computed with its recording; an empty list if they agree within the declared tolerances."""
+    return [str(found) for found in compare_with_recording(study) if found.size > 1.0]
+
+
+def compare_with_recording(study: Study) -> list[Difference]:
+    """Return each table's largest difference from its recording, in units of its declared tolerance.
+
+    Raises
+    ------
+    InputError
+        If a table declares no tolerance.
+    """
     if not record_exists(study.name):
-        return ["was never recorded"]
+        return [Difference("", "", -1, np.inf, "was never recorded")]
     recording = read_recorded(study.name)
     if recording.provenance["data_sha256"] != study.provenance.data_sha256:
-        return ["was recorded from other data"]
+        return [Difference("", "", -1, np.inf, "was recorded from other data")]
     if set(recording.tables) != set(study.tables):
-        return [f"tables differ: {sorted(set(recording.tables) ^ set(study.tables))}"]
-    return [
-        f"table `{key}`: {text}"
-        for key, table in study.tables.items()
-        if (text := _unequal(table, recording.tables[key]))
-    ]
-
-
-def _unequal(computed: pd.DataFrame, recorded: pd.DataFrame) -> str:
-    if list(computed.columns) != list(recorded.columns) or len(computed) != len(recorded):
-        return "other columns or rows"
-    for column in computed.columns:
-        a, b = computed[column].to_numpy(), recorded[column].to_numpy()
-        if pd.api.types.is_numeric_dtype(computed[column]) and not pd.api.types.is_bool_dtype(computed[column]):
-            same = np.isclose(a.astype(float), b.astype(float), rtol=RELATIVE_TOLERANCE, atol=1e-9, equal_nan=True)
-        else:
-            same = (
-                computed[column].astype(object).where(computed[column].notna(), None).to_numpy()
-                == recorded[column].astype(object).where(recorded[column].notna(), None).to_numpy()
-            )
-        if not np.all(same):
-            row = int(np.flatnonzero(~np.asarray(same))[0])
-            return f"`{column}` in row {row} is {a[row]!r}, recorded {b[row]!r}"
-    return ""
+        others = sorted(set(recording.tables) ^ set(study.tables))
+        return [Difference("", "", -1, np.inf, f"has other tables: {others}")]
+    declared = tolerances_of(study.name)
+    return [difference(key, table, recording.tables[key], declared) for key, table in study.tables.items()]

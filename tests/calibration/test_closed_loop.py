@@ -14,11 +14,10 @@ from stepcal.calibration.closed_loop import (
     interval_residuals,
     prepare_runs,
     run_latencies_s,
-    soft,
-    soft_slope,
     workload_residuals,
 )
 from stepcal.calibration.optimal_design import rank_next_experiments
+from stepcal.calibration.robust import soft, soft_slope
 from stepcal.calibration.training_rows import request_level, training_rows
 from stepcal.calibration.uncertainty import parameter_table, singular_values
 from stepcal.datasets import experiments, have_traces, load_requests

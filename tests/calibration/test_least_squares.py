@@ -38,11 +38,11 @@ def test_noise_free_quotients_and_overhead_are_recovered():
     features = drawn_features()
     result = fit(Global9(), features, features.components_us[:, :3] @ QUOTIENTS + 30.0)
     assert result.converged
-    assert result.cost < 1e-12
+    assert result.cost < 1e-8  # parameters are rounded to six digits
     assert by_name(result.estimates)["overhead_us"].value == pytest.approx(30.0, rel=1e-5)
     quotients = [c.value for c in result.combinations if c.identified]
     assert quotients == pytest.approx(QUOTIENTS, rel=1e-5)
-    np.testing.assert_allclose(result.predict_us(features), features.components_us[:, :3] @ QUOTIENTS + 30.0, rtol=1e-6)
+    np.testing.assert_allclose(result.predict_us(features), features.components_us[:, :3] @ QUOTIENTS + 30.0, rtol=2e-5)
 
 
 def test_the_answer_does_not_depend_on_the_start():
@@ -139,7 +139,7 @@ def test_the_threshold_profile_finds_a_planted_edge_where_trf_does_not_move_it()
     assert not threshold.identified
     assert "hard threshold has no gradient" in threshold.reason
     assert "trf moved the thresholds by 0 FLOP/byte" in result.note
-    assert result.cost < 1e-10
+    assert result.cost < 1e-8  # parameters are rounded to six digits
     quotients = by_name(result.combinations)
     assert quotients["decode_gemm_compute_factor / decode_gemm_mfu"].value == pytest.approx(0.5, rel=1e-4)
     assert quotients["decode_gemm_memory_factor / decode_gemm_mfu"].value == pytest.approx(1.5, rel=1e-4)
