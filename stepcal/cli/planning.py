@@ -183,6 +183,9 @@ def plan(
     requests: Requests = 2_000,
     coefficients: Model = "default",
     jobs: Annotated[int, typer.Option("--jobs", min=1, help="Choices that are simulated at once.")] = 1,
+    dask: Annotated[
+        str | None, typer.Option("--dask", help="Simulate on this Dask cluster, tcp://HOST:PORT, instead.")
+    ] = None,
     seed: Seed = 0,
     json_out: Json = None,
 ) -> None:
@@ -209,7 +212,7 @@ def plan(
     load = _load(like, first, input_len, output_len, prefix_len, requests, seed)
     price = {} if prices is None else read_prices(prices)
     question = Question(options, load, goal, None if rate is None else _positive(rate), price)
-    choices, left_out = make_plan(question, known, gpus=gpu or (), degrees=tp or DEGREES, jobs=jobs)
+    choices, left_out = make_plan(question, known, gpus=gpu or (), degrees=tp or DEGREES, jobs=jobs, dask=dask)
     if plot is not None:
         write_bytes_atomically(plot, pareto_png(choices))
     result: dict[str, Any] = {

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import csv
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from joblib import Parallel, delayed
-
 from stepcal.errors import InputError
 from stepcal.experiments.options import deployment_from
+from stepcal.parallel import run_jobs
 from stepcal.servers.capacity import Capacity, Server, capacity
 from stepcal.servers.coefficient_file import KnownModel
 from stepcal.servers.load import PlannedLoad
@@ -126,6 +126,7 @@ def plan(
     gpus: Sequence[str] = (),
     degrees: Sequence[int] = DEGREES,
     jobs: int = 1,
+    dask: str | None = None,
 ) -> tuple[list[Choice], list[str]]:
     """Rank what would serve a load.
 
@@ -138,6 +139,8 @@ def plan(
     degrees : sequence of int
     jobs : int
         Processes; their number changes no bit of the result.
+    dask : str, optional
+        Address of a Dask scheduler that takes their place.
 
     Returns
     -------
@@ -159,7 +162,8 @@ def plan(
             candidates.append(served.deployment)
     if not candidates:
         raise InputError("Nothing to plan with: no GPU and degree fits. " + (left_out[0] if left_out else ""))
-    found = Parallel(n_jobs=jobs)(delayed(_capacity)(d, question, model) for d in candidates)
+    find = functools.partial(_capacity, question=question, model=model)
+    found = run_jobs(find, candidates, jobs=jobs, dask=dask)
     choices = [_choice(d, c, question, model) for d, c in zip(candidates, found, strict=True)]
     choices.sort(key=lambda c: _rank(c, question))
     return _with_front(choices), left_out

@@ -7,16 +7,17 @@ arrivals of one seed. Nothing was tuned on the second stages: spreads and blocks
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from joblib import Parallel, delayed
 
 from stepcal.datasets import have_traces, load_requests
 from stepcal.experiments.latencies import measured_latencies
+from stepcal.parallel import run_jobs
 from stepcal.servers.calibration import calibrate_server
 from stepcal.servers.log import ServedLog, log_of
 from stepcal.servers.priors import prior_of
@@ -30,7 +31,9 @@ FIRST, SECOND = 0, 1
 SIXTEEN, THIRTY_ONE = "the 16", "the 31"
 
 
-def first_stage_table(requests: pd.DataFrame | None, *, jobs: int = 1, prior: str = DEFAULT) -> pd.DataFrame:
+def first_stage_table(
+    requests: pd.DataFrame | None, *, jobs: int = 1, dask: str | None = None, prior: str = DEFAULT
+) -> pd.DataFrame:
     """Calibrate each run on its first stage and judge its second.
 
     Parameters
@@ -39,6 +42,8 @@ def first_stage_table(requests: pd.DataFrame | None, *, jobs: int = 1, prior: st
         Request rows of the 16 runs; without them their summaries are used.
     jobs : int
         Processes; their number changes no bit of the result.
+    dask : str, optional
+        Address of a Dask scheduler that takes their place.
     prior : str
 
     Returns
@@ -50,8 +55,11 @@ def first_stage_table(requests: pd.DataFrame | None, *, jobs: int = 1, prior: st
     logs = [(SIXTEEN, log_of(e, measured_latencies(e))) for e in load_experiments(requests)]
     logs += [(THIRTY_ONE, log_of(experiment, known)) for experiment, known in transfer_cases()]
     two = [(name, log) for name, log in logs if len(np.unique(log.stage)) > 1]
-    rows = Parallel(n_jobs=jobs)(delayed(_row)(name, log, prior) for name, log in two)
-    return pd.DataFrame(rows)
+    return pd.DataFrame(run_jobs(functools.partial(_row_of, prior=prior), two, jobs=jobs, dask=dask))
+
+
+def _row_of(pair: tuple[str, ServedLog], prior: str) -> dict[str, Any]:
+    return _row(*pair, prior)
 
 
 def _row(name: str, log: ServedLog, prior: str) -> dict[str, Any]:
