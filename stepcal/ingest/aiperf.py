@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 
 from stepcal.ingest.formats import Format, Options, Row, UnreadableError
-from stepcal.ingest.json_files import decoded_lines, number, rejected, whole
+from stepcal.ingest.json_files import MALFORMED, decoded_lines, number, rejected, whole
 from stepcal.ingest.request_log import Rejected, Request
 
 _NS_PER_S = 1e9
@@ -42,7 +42,7 @@ def _read(path: Path, options: Options) -> Iterator[Row]:
         found = True
         try:
             yield _request(record, row)
-        except ValueError as error:
+        except MALFORMED as error:
             yield rejected(row, str(error), record.metadata)
     if not found:
         raise UnreadableError(f"{path} holds no request of a profiling phase.")

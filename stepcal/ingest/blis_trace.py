@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from stepcal.ingest.formats import Format, Options, Row, UnreadableError
-from stepcal.ingest.json_files import rejected
+from stepcal.ingest.json_files import MALFORMED, rejected
 from stepcal.ingest.request_log import Request
 
 _NEEDED = (
@@ -44,7 +44,7 @@ def _read(path: Path, options: Options) -> Iterator[Row]:
                 row = skipped + table.line_num
                 try:
                     yield _request(record, row)
-                except (ValueError, TypeError) as error:
+                except MALFORMED as error:
                     yield rejected(row, str(error), str(record))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UnreadableError(f"{path} cannot be read as a CSV table: {error}.") from None

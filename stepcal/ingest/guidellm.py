@@ -10,7 +10,7 @@ from typing import Any
 from ijson.common import ObjectBuilder
 
 from stepcal.ingest.formats import Format, Options, Row, UnreadableError
-from stepcal.ingest.json_files import events, number, number_or_nan, rejected, whole
+from stepcal.ingest.json_files import MALFORMED, events, number, number_or_nan, rejected, whole
 from stepcal.ingest.request_log import Request
 
 _KINDS = ("successful", "errored", "incomplete")
@@ -46,7 +46,7 @@ def _read(path: Path, options: Options) -> Iterator[Row]:
         row += 1
         try:
             yield _request(content, kind, benchmark, row)
-        except ValueError as error:
+        except MALFORMED as error:
             yield rejected(row, str(error), content.get("info"))
     if not row:
         raise UnreadableError(

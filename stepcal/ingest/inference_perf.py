@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from stepcal.ingest.formats import Format, Options, Row, UnreadableError
-from stepcal.ingest.json_files import elements, number, rejected, whole
+from stepcal.ingest.json_files import MALFORMED, elements, number, rejected, whole
 from stepcal.ingest.request_log import Request
 
 _INNER = ("response_metrics", "response_info")
@@ -24,7 +24,7 @@ def _read(path: Path, options: Options) -> Iterator[Row]:
     for row, content in enumerate(elements(path, "item"), start=1):
         try:
             yield _request(content, row)
-        except (ValueError, AttributeError) as error:
+        except MALFORMED as error:
             yield rejected(row, str(error), content)
     if not row:
         raise UnreadableError(f"{path} holds no requests: an empty list, or no list.")

@@ -17,6 +17,8 @@ from stepcal.ingest.request_log import TEXT_LIMIT, Rejected
 
 LONGEST_LINE_BYTES = 256 * 2**20
 """A longer line is refused: a whole document on one line is no JSON-lines file."""
+MALFORMED = (ValueError, AttributeError, TypeError, LookupError, OverflowError)
+"""What a row of another shape than its format's raises while it is read."""
 _READ_BYTES = 1 << 16
 T = TypeVar("T")
 

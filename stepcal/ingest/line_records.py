@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 
 from stepcal.ingest.formats import Format, Options, Row, UnreadableError
-from stepcal.ingest.json_files import decoded_lines, elements, number, number_or_nan, rejected, whole
+from stepcal.ingest.json_files import MALFORMED, decoded_lines, elements, number, number_or_nan, rejected, whole
 from stepcal.ingest.request_log import Rejected, Request
 
 _META = "meta.json"
@@ -47,7 +47,7 @@ def _read_llmperf(path: Path, options: Options) -> Iterator[Row]:
                 ttft_s=math.nan if failed else number(content.get("ttft_s"), "ttft_s"),
                 error=f"{code} {content.get('error_msg') or ''}".strip() if failed else None,
             )
-        except (ValueError, AttributeError) as error:
+        except MALFORMED as error:
             yield rejected(row, str(error), content)
 
 
@@ -71,7 +71,7 @@ def _read_llmservingsim(path: Path, options: Options) -> Iterator[Row]:
                 ttft_s=first - queued,
                 queue_s=None if scheduled is None else number(scheduled, "scheduled_ts") - queued,
             )
-        except ValueError as error:
+        except MALFORMED as error:
             yield rejected(row, str(error), content)
 
 
@@ -104,7 +104,7 @@ def _read_sglang(path: Path, options: Options) -> Iterator[Row]:
             count += 1
             try:
                 yield _sglang_request(run, i, count, "" if line == 1 else str(line))
-            except (ValueError, IndexError, KeyError, TypeError) as error:
+            except MALFORMED as error:
                 yield rejected(count, f"{type(error).__name__}: {error}", f"request {i} of line {line}")
 
 

@@ -18,7 +18,7 @@ import yaml
 
 from stepcal.errors import InputError
 from stepcal.ingest.formats import Format, Options, Row, UnreadableError
-from stepcal.ingest.json_files import number, rejected, whole
+from stepcal.ingest.json_files import MALFORMED, number, rejected, whole
 from stepcal.ingest.request_log import Request
 
 SECONDS = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "ns": 1e-9, "datetime": math.nan}
@@ -91,7 +91,7 @@ def _read(path: Path, options: Options) -> Iterator[Row]:
     for row, record in records:
         try:
             yield _request(record, mapping, row)
-        except (ValueError, TypeError) as error:
+        except MALFORMED as error:
             yield rejected(row, str(error), str(record))
     if not row:
         raise UnreadableError(f"{path} has no rows.")

@@ -13,7 +13,7 @@ from pathlib import Path
 import msgspec
 
 from stepcal.ingest.formats import Format, Options, Row, UnreadableError
-from stepcal.ingest.json_files import decoded_lines, rejected
+from stepcal.ingest.json_files import MALFORMED, decoded_lines, rejected
 from stepcal.ingest.request_log import Rejected, Request
 
 _NS_PER_S = 1e9
@@ -96,7 +96,7 @@ def _request(span: _Span, line: int) -> Row | None:
             queue_s=None if queue is None else _number(queue),
             cached_prompt_tokens=None if cached is None else _whole(values, _CACHED),
         )
-    except ValueError as error:
+    except MALFORMED as error:
         return rejected(line, str(error), str(values))
 
 

@@ -25,6 +25,7 @@ from stepcal.specs.hardware import load_accelerator
 from stepcal.step_time.coefficients import load_coefficients
 
 AS_RUN = Path(__file__).parent.parent / "simulator" / "as_run"
+TOOL_FILES = Path(__file__).parent.parent / "ingest" / "files"
 MODELS = Path(__file__).parent.parent / "specs" / "public_models.jsonl"
 
 
@@ -117,6 +118,58 @@ def _llmservingsim() -> list[dict]:
     ]  # fmt: skip
 
 
+def _tools(request: dict) -> dict[str, tuple[str, tuple[bytes, ...]]]:
+    """Files of load generators, by their format: those that the tools wrote themselves, and invented ones."""
+    made = {path.name.partition("_")[0]: path.read_bytes() for path in sorted(TOOL_FILES.iterdir())}
+    benchmarks = json.loads(made["guidellm"])
+    for benchmark in benchmarks["benchmarks"]:
+        benchmark["requests"] = {kind: rows[:2] for kind, rows in benchmark["requests"].items() if rows}
+    spans = [
+        {
+            "startTimeUnixNano": "1000000000",
+            "attributes": [
+                {"key": "gen_ai.usage.prompt_tokens", "value": {"intValue": "100"}},
+                {"key": "gen_ai.usage.completion_tokens", "value": {"intValue": 11}},
+                {"key": "gen_ai.latency.time_to_first_token", "value": {"doubleValue": 0.5}},
+                {"key": "gen_ai.latency.e2e", "value": {"doubleValue": 1.5}},
+            ],
+        }
+    ]
+    llmperf = [
+        {
+            "error_code": None,
+            "number_input_tokens": 100,
+            "number_output_tokens": 11,
+            "ttft_s": 0.5,
+            "end_to_end_latency_s": 1.5,
+            "inter_token_latency_s": 0.136,
+        }
+    ]
+    sglang = {
+        "server_info": {},
+        "input_lens": [9],
+        "output_lens": [3],
+        "ttfts": [0.5],
+        "itls": [[0.4, 0.6]],
+        "errors": [""],
+    }
+    blis = (
+        b"version: 2\n---\nrequest_id,session_id,input_tokens,output_tokens,arrival_time_us,send_time_us,"
+        b"first_chunk_time_us,last_chunk_time_us,status\n1,,100,11,0,100,500100,1500100,ok\n"
+    )
+    return {
+        "vllm-bench": ("bench.json", (*_json(_bench()), made["vllm"])),
+        "guidellm": ("benchmarks.json", _json(benchmarks)),
+        "aiperf": ("profile_export.jsonl", (b"\n".join(made["aiperf"].splitlines()[:3]) + b"\n",)),
+        "inference-perf": ("per_request_lifecycle_metrics.json", _json([request] * 3)),
+        "otlp": ("spans.jsonl", (_lines([{"resourceSpans": [{"scopeSpans": [{"spans": spans}]}]}]),)),
+        "llmperf": ("individual_responses.json", _json(llmperf)),
+        "llmservingsim": ("requests.jsonl", (_lines(_llmservingsim()),)),
+        "sglang": ("bench.jsonl", (_lines([sglang]),)),
+        "blis-trace": ("trace.csv", (blis,)),
+    }  # fmt: skip
+
+
 def readers() -> tuple[Reader, ...]:
     """Return every reader with its seeds."""
     request = {"start_time": 1.0, "end_time": 1.5, "request": "", "response": "", "error": None,
@@ -163,10 +216,7 @@ def readers() -> tuple[Reader, ...]:
         Reader("step trace, OTLP", "steps.jsonl", (_otlp(),), lambda p: read_steps(
             p, experiment_id="e", model="m", workload="w", tensor_parallel=1)),
         Reader("run folder", "run-a/exp-config.yaml", servers, _run),
-        Reader("ingest vllm-bench", "bench.json", _json(_bench()), _ingested("vllm-bench")),
-        Reader("ingest inference-perf", "per_request_lifecycle_metrics.json", _json([request] * 3),
-               _ingested("inference-perf")),
-        Reader("ingest llmservingsim", "requests.jsonl", (_lines(_llmservingsim()),), _ingested("llmservingsim")),
+        *(Reader(f"ingest {name}", file, seeds, _ingested(name)) for name, (file, seeds) in _tools(request).items()),
     )  # fmt: skip
 
 
