@@ -6,6 +6,7 @@ Only the maintainer needs it. The wheel is fetched by pip (82 MB) unless a path 
 from __future__ import annotations
 
 import argparse
+import json
 import subprocess
 import sys
 import tempfile
@@ -21,6 +22,7 @@ from stepcal.files import write_atomically
 from stepcal.kernels.constants import ALL_REDUCE_FILE, ANY, KERNELS_FILE, NUMBERS
 from stepcal.kernels.fit import FittedKernel, fit_gpu
 from stepcal.kernels.forms import BYTES_PER_ACTIVATION, ELEMENTWISE, KernelConstants
+from stepcal.kernels.silicon import MODELS, config_of, silicon_rows
 from stepcal.kernels.tables import WHEEL, KernelTables, open_wheel
 from stepcal.locations import data_folder
 from stepcal.specs.hardware import GIGA, TERA, Accelerator, load_accelerator
@@ -29,6 +31,7 @@ from stepcal.units import US_PER_S
 REQUIREMENT = "aiconfigurator-core==0.12.0"
 DATASHEET_FILE = "wheel_datasheet.csv"
 SAMPLE_FILE = "kernel_samples.csv"
+SILICON_FILE, SILICON_MODELS = "silicon.csv", "silicon_models"
 SAMPLES = 40
 """Rows of each table that ship beside what the constants say of them: enough for a figure."""
 DIGITS = 5
@@ -75,8 +78,13 @@ def build(wheel: Path, out: Path) -> list[Path]:
         SAMPLE_FILE: pd.concat([_sample(name, kernel) for name, own in kernels.items() for kernel in own]),
         DATASHEET_FILE: pd.concat([compare_datasheet(gpus[name], tables[name]) for name in gpus]),
     }
+    written[SILICON_FILE] = silicon_rows(wheel)
     for name, table in written.items():
         write_atomically(out / name, table.to_csv(index=False, lineterminator="\n"))
+    models = out / SILICON_MODELS
+    models.mkdir(exist_ok=True)
+    for name in MODELS.values():
+        write_atomically(models / f"{name}.json", json.dumps(config_of(wheel, name), indent=1) + "\n")
     return [out / name for name in written]
 
 
