@@ -33,6 +33,7 @@ TABLES: dict[str, pa.DataFrameSchema] = {
     "catalogue/joined_tables.csv": fact_schemas.JOINED_TABLES,
     "sources.csv": fact_schemas.SOURCES,
     "hardware/accelerators.csv": fact_schemas.ACCELERATORS,
+    "hardware/silicon.csv": transfer_schemas.SILICON,
     "transfer/runs.csv": transfer_schemas.RUNS,
     "transfer/measured.csv": transfer_schemas.MEASURED,
     "transfer/peers.csv": transfer_schemas.PEERS,

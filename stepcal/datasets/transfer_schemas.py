@@ -1,4 +1,4 @@
-"""Schemas of ``data/transfer/``: 31 runs of other models, GPUs and precisions, that nothing here was fitted to."""
+"""Schemas of what nothing here was fitted to: 31 runs of other models, GPUs and precisions, and public benchmark rows."""
 
 from __future__ import annotations
 
@@ -66,4 +66,23 @@ SAMPLING = pa.DataFrameSchema(
     },
     unique=["model_family"],
     name="transfer sampling",
+)
+
+SILICON = pa.DataFrameSchema(
+    {
+        "row": text("Benchmark row, as its source names it."),
+        "model": text("Model; its config.json lies in hardware/silicon_models/."),
+        "gpu": text("Accelerator, a row of hardware/accelerators.csv."),
+        "precision": text("Width of the weights.", choices=["16-bit", "fp8"]),
+        "tensor_parallel": integer("GPUs that share each layer.", "rank", minimum=1),
+        "concurrency": integer("Clients, each with one request at a time.", "request", minimum=1),
+        "prompt_tokens": integer("Prompt.", "token", minimum=1),
+        "output_tokens": integer("Tokens that each request generates.", "token", minimum=2),
+        "vllm_version": text("Version served; empty where not said.", nullable=True),
+        "ttft_ms": number("Measured time to first token.", "ms", above=0),
+        "tpot_ms": number("Measured time per output token.", "ms", above=0),
+        "suspect": text("Why its labels cannot be; empty where they can.", nullable=True),
+    },
+    unique=["row"],
+    name="silicon rows",
 )

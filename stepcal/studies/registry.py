@@ -43,6 +43,7 @@ from stepcal.studies.physical_model import run_physical_model
 from stepcal.studies.provenance import MEASURED, RECORDED, SIMULATED, Provenance
 from stepcal.studies.records import read_recorded, record_exists
 from stepcal.studies.result_cache import cached_study, result_key
+from stepcal.studies.silicon import run_silicon, silicon_rows_that_ship
 from stepcal.studies.study import Study, StudyKind
 from stepcal.studies.transfer import run_transfer
 
@@ -52,6 +53,7 @@ END_TO_END = "end_to_end"
 LABEL_AUDIT, RECONSTRUCTION = "label_audit", "reconstruction"
 ATTRIBUTION, OFFLOADING = "attribution", "offloading"
 TRANSFER = "transfer"
+SILICON = "silicon"
 KERNEL_MODEL, KERNEL_TRANSFER, KERNEL_UNCERTAINTY = "kernel_model", "kernel_transfer", "kernel_uncertainty"
 PHYSICAL_MODEL, PHYSICAL_EVIDENCE, ABLATIONS = "physical_model", "physical_evidence", "ablations"
 _TRANSFER_TABLES: tuple[Callable[[Path | str | None], pd.DataFrame], ...] = (
@@ -94,6 +96,7 @@ STUDIES: dict[str, StudyKind] = {
     ),
     ABLATIONS: StudyKind(run_ablations, (load_steps, load_requests), simulates=False, costly=True),
     TRANSFER: StudyKind(run_transfer, _TRANSFER_TABLES, simulates=False, costly=True),
+    SILICON: StudyKind(run_silicon, (lambda _: silicon_rows_that_ship(),), simulates=False, costly=True),
     KERNEL_MODEL: StudyKind(run_kernel_model, (load_requests,), simulates=False, costly=True),
     KERNEL_TRANSFER: StudyKind(run_kernel_transfer, _TRANSFER_TABLES, simulates=False, costly=True),
     KERNEL_UNCERTAINTY: StudyKind(
