@@ -32,6 +32,7 @@ def step_duration(times: Times, batch: Batch, rejected: float) -> float:
         + times.kv_us * batch.decode_kv
         + times.waiting_us * batch.n_waiting
     )
+    gpu += times.window_kv_us * batch.window_kv
     if times.batch_us.shape[1] > 1:
         gpu += times.batch_us[batch.prefill_tokens, n_decode]
     if n_prefill:
@@ -39,6 +40,8 @@ def step_duration(times: Times, batch: Batch, rejected: float) -> float:
             times.prefill_tokens_us[batch.prefill_tokens]
             + times.prefill_kv_us * batch.prefill_kv
             + times.prefill_pair_us * batch.prefill_pairs
+            + times.prefill_window_kv_us * batch.prefill_window_kv
+            + times.window_pair_us * batch.window_pairs
         )
     host = _host_duration(times, n_prefill + n_decode, batch.n_waiting, rejected)
     return max(times.floor_us, max(gpu, host) if times.overlap else gpu + host)

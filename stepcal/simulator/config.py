@@ -155,6 +155,11 @@ class ServerConfig:
             )
 
     @property
+    def window(self) -> KvGroup:
+        """The window of the layers that have one; full attention where none has."""
+        return next((group for group in self.kv_groups if group.kind != "full"), KvGroup())
+
+    @property
     def has_groups(self) -> bool:
         """Whether layers differ in what they read, or all have a window."""
         return len(self.kv_groups) > 1 or self.kv_groups[0].kind != "full"

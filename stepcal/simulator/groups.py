@@ -27,6 +27,37 @@ def _skipped(limits: Limits, pool: Pool, group: int, n_computed: int) -> int:
     return 0
 
 
+@compiled
+def window_read(limits: Limits, pool: Pool, context: int) -> int:
+    """Tokens that a layer with a window reads for the token that ends a context; 0 without such layers."""
+    for group in range(pool.groups.size):
+        if pool.groups.kind[group] == at.SLIDING:
+            return min(context, pool.groups.window[group])
+        if pool.groups.kind[group] == at.CHUNKED:
+            return (context - 1) % pool.groups.window[group] + 1
+    return 0
+
+
+@compiled
+def decode_window_kv(limits: Limits, pool: Pool, slots: Slots, state: State) -> int:
+    """Tokens that a layer with a window reads for the decoding requests of this call."""
+    total, call = 0, state.n_calls
+    for i in range(state.n_running):
+        slot = slots.running[i]
+        if slots.rows.state[slot] == at.SLOT_DECODE and slots.rows.finish_call[slot] >= call:
+            total += window_read(limits, pool, slots.rows.base[slot] + call + 1)
+    return total
+
+
+@compiled
+def chunk_window_pairs(limits: Limits, pool: Pool, context: int, chunk: int) -> int:
+    """Query-context pairs of a chunk of a prompt in a layer with a window."""
+    total = 0
+    for i in range(1, chunk + 1):
+        total += window_read(limits, pool, context + i)
+    return total
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Names of blocks
 # ----------------------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from stepcal.simulator.blocks import take_blocks
 from stepcal.simulator.clock import count_gaps, gap_bin, step_duration
 from stepcal.simulator.compilation import cached, inlined
 from stepcal.simulator.departures import finish_requests
+from stepcal.simulator.groups import chunk_window_pairs, decode_window_kv, window_read
 from stepcal.simulator.intake import abort_before_output, abort_due, next_arrival, receive
 from stepcal.simulator.jumps import begin_jump, end_asynchronous_jump, jump_limit, put_in_flight
 from stepcal.simulator.layout import Batch, Limits, Pool, Record, Requests, Slots, State, Times
@@ -68,6 +69,8 @@ def _schedule_decoding(
             register_outputs(limits, requests, slots, pool, state, call)
     batch.decode_reqs = state.n_decoding
     batch.decode_kv = state.sum_base + state.n_decoding * (call + 1)
+    if limits.has_groups:
+        batch.window_kv = decode_window_kv(limits, pool, slots, state)
     for stage in range(slots.stage_batch.size):
         slots.stage_batch[stage] = slots.stage_decoding[stage]
     if state.next_finish == call:
@@ -99,7 +102,7 @@ def _admit_waiting(
             state.is_blocked = 1
             break
         budget -= chunk
-        _add_to_batch(slots, batch, slot, chunk, state.n_calls)
+        _add_to_batch(limits, pool, slots, batch, slot, chunk, state.n_calls)
         if record.is_on:
             record.cached_request[state.n_row_cached] = slots.rows.request[slot]
             record.cached_tokens[state.n_row_cached] = cached
@@ -120,6 +123,7 @@ def _schedule(
     refresh_rejected(limits, slots, pool, state)
     state.has_ended = 0
     batch.prefill_reqs = batch.prefill_tokens = batch.prefill_kv = batch.prefill_pairs = batch.has_finish = 0
+    batch.window_kv = batch.prefill_window_kv = batch.window_pairs = 0
     n_preempted = _schedule_decoding(limits, requests, slots, pool, state, record, batch)
     budget = limits.max_num_batched_tokens - batch.decode_reqs
     if state.prefill_slot >= 0 and budget > 0:
@@ -128,7 +132,7 @@ def _schedule(
         state.is_blocked = 0
         if chunk:
             budget -= chunk
-            _add_to_batch(slots, batch, slot, chunk, state.n_calls)
+            _add_to_batch(limits, pool, slots, batch, slot, chunk, state.n_calls)
         else:
             n_preempted += 1
     if state.n_keyed_outputs or limits.has_groups:
@@ -143,12 +147,15 @@ def _schedule(
 
 
 @inlined
-def _add_to_batch(slots: Slots, batch: Batch, slot: int, chunk: int, call: int) -> None:
+def _add_to_batch(limits: Limits, pool: Pool, slots: Slots, batch: Batch, slot: int, chunk: int, call: int) -> None:
     context = slots.rows.computed[slot] - chunk
     batch.prefill_reqs += 1
     batch.prefill_tokens += chunk
     batch.prefill_kv += context + chunk
     batch.prefill_pairs += chunk * context + chunk * (chunk + 1) // 2
+    if limits.has_groups:
+        batch.prefill_window_kv += min(context + chunk, chunk - 1 + window_read(limits, pool, context + 1))
+        batch.window_pairs += chunk_window_pairs(limits, pool, context, chunk)
     if slots.rows.state[slot] == at.SLOT_DECODE and slots.rows.finish_call[slot] == call:
         batch.has_finish += 1
 

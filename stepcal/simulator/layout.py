@@ -94,6 +94,9 @@ BATCH = np.dtype(
         ("prefill_pairs", np.int64),
         ("decode_reqs", np.int64),
         ("decode_kv", np.int64),
+        ("window_kv", np.int64),  # what layers with a window read of it, see `groups`
+        ("prefill_window_kv", np.int64),
+        ("window_pairs", np.int64),
         ("n_waiting", np.int64),
         ("has_finish", np.int64),
     ],
@@ -282,6 +285,9 @@ class Times(NamedTuple):
     kv_us: float
     prefill_kv_us: float
     prefill_pair_us: float
+    window_kv_us: float
+    prefill_window_kv_us: float
+    window_pair_us: float
     waiting_us: float
     host_constant_us: float
     host_requests_us: FloatArray

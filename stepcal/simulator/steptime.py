@@ -7,16 +7,19 @@ asked at every step.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from stepcal.errors import InputError
-from stepcal.simulator.config import ServerConfig
+from stepcal.simulator.config import KvGroup, ServerConfig
 from stepcal.simulator.layout import Int32Array, Times
-from stepcal.units import FloatArray
+from stepcal.units import FloatArray, IntArray
+
+
+_NO_WINDOW = KvGroup()
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,8 @@ class StepBatch:
         Requests left in the queue.
     rejected : float
         Requests whose blocks the offload pool has no room for, see `stepcal.simulator.offload`.
+    window : KvGroup
+        The window of layers that have one, where layers differ in what they read.
     """
 
     prefill_chunk_tokens: Int32Array
@@ -40,6 +45,33 @@ class StepBatch:
     decode_kv_lens: Int32Array
     waiting: int
     rejected: float = 0.0
+    window: KvGroup = _NO_WINDOW
+
+    def window_read(self, context: IntArray) -> IntArray:
+        """Tokens that a layer with a window reads for the token that ends each context, shape of `context`."""
+        if self.window.kind == "full":
+            return np.zeros_like(context)
+        if self.window.kind == "sliding":
+            return np.minimum(context, self.window.window)
+        return (context - 1) % self.window.window + 1
+
+    @property
+    def window_kv_tokens(self) -> int:
+        """What a layer with a window reads for the decoding requests."""
+        return int(self.window_read(self.decode_kv_lens.astype(np.int64)).sum())
+
+    @property
+    def prefill_window_kv_tokens(self) -> int:
+        """What a layer with a window reads for the prefilling requests."""
+        chunk, kv = self.prefill_chunk_tokens.astype(np.int64), self.prefill_kv_lens.astype(np.int64)
+        first = self.window_read(kv - chunk + 1)
+        return int((np.minimum(kv, chunk - 1 + first) * (first > 0)).sum())
+
+    @property
+    def window_pairs(self) -> int:
+        """Query-context pairs of the prefilling requests in a layer with a window."""
+        chunks = zip(self.prefill_chunk_tokens.tolist(), self.prefill_kv_lens.tolist(), strict=True)
+        return sum(int(self.window_read(np.arange(kv - chunk + 1, kv + 1)).sum()) for chunk, kv in chunks)
 
     @property
     def prefill_tokens(self) -> int:
@@ -103,6 +135,8 @@ class CompiledStepTime:
         Per context token of the decoding and of the prefilling requests.
     prefill_pair_us : float
         Per query-context pair of prefill attention.
+    window_kv_us, prefill_window_kv_us, window_pair_us : float
+        The same three for what layers with a window read; those above are then for the other layers. See `with_windows`.
     waiting_us, host_waiting_us : float
         Per request that waits.
     host_rejected_us : float
@@ -124,6 +158,9 @@ class CompiledStepTime:
     kv_us: float = 0.0
     prefill_kv_us: float = 0.0
     prefill_pair_us: float = 0.0
+    window_kv_us: float = 0.0
+    prefill_window_kv_us: float = 0.0
+    window_pair_us: float = 0.0
     waiting_us: float = 0.0
     host_constant_us: float = 0.0
     host_requests_us: ArrayLike = 0.0
@@ -140,6 +177,28 @@ class CompiledStepTime:
         for field in fields(self):
             if field.name != "combine":
                 self._check(field.name, np.asarray(getattr(self, field.name), dtype=np.float64))
+
+    def with_windows(self, share: float) -> "CompiledStepTime":
+        """The step time of a model of which a share of the layers has a window, and reads that much of a context.
+
+        Every layer is taken to cost the same per token that it reads.
+
+        Raises
+        ------
+        InputError
+            If `share` is not between 0 and 1.
+        """
+        if not 0.0 <= share <= 1.0:
+            raise InputError(f"`share` is {share}; the share of layers with a window lies between 0 and 1.")
+        return replace(
+            self,
+            kv_us=self.kv_us * (1.0 - share),
+            prefill_kv_us=self.prefill_kv_us * (1.0 - share),
+            prefill_pair_us=self.prefill_pair_us * (1.0 - share),
+            window_kv_us=self.kv_us * share,
+            prefill_window_kv_us=self.prefill_kv_us * share,
+            window_pair_us=self.prefill_pair_us * share,
+        )
 
     def same_as(self, other: "CompiledStepTime") -> bool:
         """Whether all terms are equal to the last bit, so that a simulation is the same with either."""
@@ -183,6 +242,9 @@ class CompiledStepTime:
             float(self.kv_us),
             float(self.prefill_kv_us),
             float(self.prefill_pair_us),
+            float(self.window_kv_us),
+            float(self.prefill_window_kv_us),
+            float(self.window_pair_us),
             float(self.waiting_us),
             float(self.host_constant_us),
             self._table("host_requests_us", n_requests, "max_num_seqs"),
@@ -236,6 +298,9 @@ class CompiledStepTime:
             "kv_us": self.kv_us * batch.decode_kv_tokens,
             "prefill_kv_us": self.prefill_kv_us * batch.prefill_kv_tokens,
             "prefill_pair_us": self.prefill_pair_us * batch.prefill_pairs,
+            "window_kv_us": self.window_kv_us * batch.window_kv_tokens,
+            "prefill_window_kv_us": self.prefill_window_kv_us * batch.prefill_window_kv_tokens,
+            "window_pair_us": self.window_pair_us * batch.window_pairs,
             "waiting_us": self.waiting_us * batch.waiting,
         }
         host = self.host_constant_us + at("host_requests_us", batch.requests) + self.host_waiting_us * batch.waiting
@@ -273,4 +338,5 @@ def add_components(duration: float | Mapping[str, float]) -> float:
 def dummy_times() -> Times:
     """Tables for a run whose durations come from outside."""
     one = np.zeros(1)
-    return Times(0.0, one, one, one, one, np.zeros((1, 1)), 0.0, 0.0, 0.0, 0.0, 0.0, one, 0.0, 0.0, 0.0, 0)
+    no_kv = (0.0,) * 6
+    return Times(0.0, one, one, one, one, np.zeros((1, 1)), *no_kv, 0.0, 0.0, one, 0.0, 0.0, 0.0, 0)

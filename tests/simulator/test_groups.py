@@ -97,3 +97,19 @@ def test_a_request_that_can_never_be_admitted_is_refused() -> None:
     requests = make_requests([0.0], [[(0, 100)]], 5)
     with pytest.raises(InputError, match="can never fit"):
         simulate(requests, server(KvGroup(), KvGroup("sliding", 64), kv_blocks=12), STEP_TIME)
+
+
+@pytest.mark.parametrize("window", [KvGroup("sliding", 48), KvGroup("chunked", 64)])
+def test_step_time_reads_the_window_only(window: KvGroup) -> None:
+    """Compiled and asked step by step; and less than a model that reads everything, by what the window leaves out."""
+    requests = make_requests(np.arange(12) * 0.02, [[(i, 30 + 25 * i)] for i in range(12)], 40 + np.arange(12))
+    plain = CompiledStepTime(constant_us=1000.0, kv_us=0.5, prefill_kv_us=0.25, prefill_pair_us=0.01)
+    grouped = server(KvGroup(), window, max_num_batched_tokens=128)
+    half = plain.with_windows(0.5)
+    compiled = simulate(requests, grouped, half)
+    asked = simulate(requests, grouped, lambda batch: half(batch))
+    assert np.allclose(compiled.rows["finish_us"], asked.rows["finish_us"], rtol=1e-12)
+    assert compiled.simulated_s < simulate(requests, grouped, plain).simulated_s
+    never_slides = server(KvGroup(), KvGroup("sliding", 4096), max_num_batched_tokens=128)
+    same = simulate(requests, never_slides, half).rows["finish_us"]
+    assert np.allclose(same, simulate(requests, never_slides, plain).rows["finish_us"], rtol=1e-12)
