@@ -18,7 +18,6 @@ from stepcal.simulator.config import KvGroup, ServerConfig
 from stepcal.simulator.layout import Int32Array, Times
 from stepcal.units import FloatArray, IntArray
 
-
 _NO_WINDOW = KvGroup()
 
 
