@@ -33,6 +33,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # boxes and colours would double the time that help takes
 )
 
 ARRIVALS = ("replayed", "poisson", "constant")
