@@ -15,10 +15,8 @@ from threadpoolctl import threadpool_limits
 
 from stepcal.datasets import (
     content_sha256,
-    experiments,
     have_traces,
     load_requests,
-    load_stages,
     load_steps,
     load_xgboost_predictions,
     simulated_step_rows,
@@ -28,24 +26,11 @@ from stepcal.datasets import (
 from stepcal.datasets.catalogue import trace_files, traces_folder
 from stepcal.datasets.splits import select_experiments
 from stepcal.errors import InputError, MissingDataError
-from stepcal.studies.ablations import run_ablations
-from stepcal.studies.attribution import run_attribution
-from stepcal.studies.end_to_end import run_end_to_end
-from stepcal.studies.evidence_physical import run_physical_evidence
-from stepcal.studies.h1 import run_h1, run_rescored
-from stepcal.studies.h2 import run_h2
-from stepcal.studies.kernel_model import run_kernel_model
-from stepcal.studies.kernel_transfer import run_kernel_transfer
-from stepcal.studies.kernel_uncertainty import run_kernel_uncertainty
-from stepcal.studies.kv_offloading import run_offloading
-from stepcal.studies.label_audit import run_label_audit, run_reconstruction
-from stepcal.studies.physical_model import run_physical_model
+from stepcal.studies import runs
 from stepcal.studies.provenance import MEASURED, RECORDED, SIMULATED, Provenance
 from stepcal.studies.records import read_recorded, record_exists
 from stepcal.studies.result_cache import cached_study, result_key
-from stepcal.studies.silicon import run_silicon, silicon_rows_that_ship
 from stepcal.studies.study import Study, StudyKind
-from stepcal.studies.transfer import run_transfer
 
 SOURCES = (MEASURED, SIMULATED)
 RESCORED = "published_predictions"
@@ -56,52 +41,29 @@ TRANSFER = "transfer"
 SILICON = "silicon"
 KERNEL_MODEL, KERNEL_TRANSFER, KERNEL_UNCERTAINTY = "kernel_model", "kernel_transfer", "kernel_uncertainty"
 PHYSICAL_MODEL, PHYSICAL_EVIDENCE, ABLATIONS = "physical_model", "physical_evidence", "ablations"
-_TRANSFER_TABLES: tuple[Callable[[Path | str | None], pd.DataFrame], ...] = (
+_STEPS, _BOTH = (load_steps,), (load_steps, load_requests)
+_ALL = (*_BOTH, load_xgboost_predictions)
+_TRANSFER: tuple[Callable[[Path | str | None], pd.DataFrame], ...] = (
     lambda _: transfer_runs(),
     lambda _: transfer_measured(),
 )
 STUDIES: dict[str, StudyKind] = {
-    "h1": StudyKind(run_h1),
-    "h2": StudyKind(run_h2),
-    RESCORED: StudyKind(run_rescored, (load_xgboost_predictions,), simulates=False),
-    END_TO_END: StudyKind(run_end_to_end, (load_steps, load_requests), simulates=False),
-    LABEL_AUDIT: StudyKind(
-        lambda steps, requests, predictions: run_label_audit(
-            steps, requests, predictions, experiments(), load_stages()
-        ),
-        (load_steps, load_requests, load_xgboost_predictions),
-        simulates=False,
-    ),
-    RECONSTRUCTION: StudyKind(
-        lambda steps, requests: run_reconstruction(steps, requests, experiments()),
-        (load_steps, load_requests),
-        simulates=False,
-    ),
-    OFFLOADING: StudyKind(
-        lambda steps, requests, predictions: run_offloading(steps, requests, predictions, experiments()),
-        (load_steps, load_requests, load_xgboost_predictions),
-        simulates=False,
-    ),
-    ATTRIBUTION: StudyKind(run_attribution, (load_steps, load_requests), simulates=False),
-    PHYSICAL_MODEL: StudyKind(
-        lambda steps, requests: run_physical_model(steps, requests, experiments()),
-        (load_steps, load_requests),
-        simulates=False,
-        costly=True,
-    ),
-    PHYSICAL_EVIDENCE: StudyKind(
-        lambda steps, requests: run_physical_evidence(steps, requests, experiments()),
-        (load_steps, load_requests),
-        simulates=False,
-    ),
-    ABLATIONS: StudyKind(run_ablations, (load_steps, load_requests), simulates=False, costly=True),
-    TRANSFER: StudyKind(run_transfer, _TRANSFER_TABLES, simulates=False, costly=True),
-    SILICON: StudyKind(run_silicon, (lambda _: silicon_rows_that_ship(),), simulates=False, costly=True),
-    KERNEL_MODEL: StudyKind(run_kernel_model, (load_requests,), simulates=False, costly=True),
-    KERNEL_TRANSFER: StudyKind(run_kernel_transfer, _TRANSFER_TABLES, simulates=False, costly=True),
-    KERNEL_UNCERTAINTY: StudyKind(
-        run_kernel_uncertainty, (load_requests, *_TRANSFER_TABLES), simulates=False, costly=True
-    ),
+    "h1": StudyKind(runs.h1, _STEPS),
+    "h2": StudyKind(runs.h2, _STEPS),
+    RESCORED: StudyKind(runs.rescored, (load_xgboost_predictions,), simulates=False),
+    END_TO_END: StudyKind(runs.end_to_end, _BOTH, simulates=False),
+    LABEL_AUDIT: StudyKind(runs.label_audit, _ALL, simulates=False),
+    RECONSTRUCTION: StudyKind(runs.reconstruction, _BOTH, simulates=False),
+    OFFLOADING: StudyKind(runs.offloading, _ALL, simulates=False),
+    ATTRIBUTION: StudyKind(runs.attribution, _BOTH, simulates=False),
+    PHYSICAL_MODEL: StudyKind(runs.physical_model, _BOTH, simulates=False, costly=True),
+    PHYSICAL_EVIDENCE: StudyKind(runs.physical_evidence, _BOTH, simulates=False),
+    ABLATIONS: StudyKind(runs.ablations, _BOTH, simulates=False, costly=True),
+    TRANSFER: StudyKind(runs.transfer, _TRANSFER, simulates=False, costly=True),
+    SILICON: StudyKind(runs.silicon, (lambda _: runs.silicon_rows(),), simulates=False, costly=True),
+    KERNEL_MODEL: StudyKind(runs.kernel_model, (load_requests,), simulates=False, costly=True),
+    KERNEL_TRANSFER: StudyKind(runs.kernel_transfer, _TRANSFER, simulates=False, costly=True),
+    KERNEL_UNCERTAINTY: StudyKind(runs.kernel_uncertainty, (load_requests, *_TRANSFER), simulates=False, costly=True),
 }
 """All studies by name."""
 

@@ -12,8 +12,6 @@ from stepcal.errors import InputError
 from stepcal.evaluation.preregistration import load_preregistration
 from stepcal.evaluation.verdict import Verdict, judge
 from stepcal.studies.evidence import h1_evidence, h2_evidence, published_h1_evidence, published_h2_evidence
-from stepcal.studies.evidence_kernels import h4_evidence
-from stepcal.studies.evidence_physical import folder_sha256, h1b_evidence, h2b_evidence, h3_evidence
 from stepcal.studies.provenance import MEASURED, NO_EVIDENCE, Provenance
 from stepcal.studies.registry import END_TO_END, PHYSICAL_EVIDENCE, PHYSICAL_MODEL, TRANSFER, load_study
 
@@ -77,11 +75,15 @@ def verdict_of(
 
 
 def _h1b(data: Path | str | None, _: str | None) -> tuple[pd.DataFrame, Provenance]:
+    from stepcal.studies.evidence_physical import h1b_evidence
+
     study = load_study(PHYSICAL_EVIDENCE, data=data)
     return h1b_evidence(study["components"]), study.provenance
 
 
 def _h2b(data: Path | str | None, _: str | None) -> tuple[pd.DataFrame, Provenance]:
+    from stepcal.studies.evidence_physical import h2b_evidence
+
     physical, more = load_study(PHYSICAL_MODEL, data=data), load_study(PHYSICAL_EVIDENCE, data=data)
     return h2b_evidence(physical["errors"], physical["folds"], more["intervals"]), physical.provenance
 
@@ -91,6 +93,8 @@ def _h3(data: Path | str | None, accelerator: str | None) -> tuple[pd.DataFrame,
     if data is None:
         study = load_study(TRANSFER)
         return study["evidence"], study.provenance
+    from stepcal.studies.evidence_physical import folder_sha256, h3_evidence
+
     folder = Path(data)
     evidence = h3_evidence(folder, set(experiments()["experiment_id"]), accelerator=accelerator)
     n_runs = evidence["unit"].nunique()
@@ -104,6 +108,9 @@ def _published_provenance(table: pd.DataFrame) -> Provenance:
 
 def _h4(data: Path | str | None, accelerator: str | None) -> tuple[pd.DataFrame, Provenance]:
     """Judge the runs of a folder that had not been seen when H4 was frozen; nothing else is confirmatory."""
+    from stepcal.studies.evidence_kernels import h4_evidence
+    from stepcal.studies.evidence_physical import folder_sha256
+
     if data is None:
         return h4_evidence(None, set()), Provenance(NO_EVIDENCE, "", 0, 0)
     folder = Path(data)
