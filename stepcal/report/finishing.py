@@ -166,6 +166,7 @@ def one_page(pages: Path, toc: Sequence[str]) -> str:
     articles = []
     for name in names:
         article = _article((pages / "book" / f"{name}.html").read_text(encoding="utf-8"))
+        article = re.sub(r"<script\b.*?</script>", "", article, flags=re.DOTALL)
         article = re.sub(r'\bid="([^"]+)"', rf'id="{name}--\1"', article)
         article = re.sub(r'href="#([^"]+)"', rf'href="#{name}--\1"', article)
         article = re.sub(r"url\(#", f"url(#{name}--", article)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 
 import numpy as np
@@ -322,31 +323,31 @@ def step_by_component(narrow: bool, components: pd.DataFrame, measured_ms: pd.Se
         left += part.to_numpy()
     measured = measured_ms.reindex(components.index)
     axes.plot(measured, y, "D", ms=5, color="none", markeredgecolor=INK, markeredgewidth=1.4, label="measured")
-    categories(axes, [str(name) for name in components.index])
+    categories(axes, [short_name(str(name)) for name in components.index])
     axes.set(xlabel="time of a decode step (ms)", xlim=(0, None))
     figure_legend(figure, axes, columns=2 if narrow else 4)
     return figure
 
 
 @drawn_twice
-def error_against_cost(narrow: bool, methods: pd.DataFrame) -> Figure:
-    """Error of mean E2E against the numbers a method was fitted with, with its name.
+def errors_by_method(narrow: bool, methods: pd.DataFrame) -> Figure:
+    """Error of mean E2E of some methods, smallest first, ours in colour.
 
     Parameters
     ----------
     narrow : bool
     methods : DataFrame
-        `method`, `fitted` (numbers fitted to such runs), `e2e` (%), `experiments`, `ours` (bool).
+        `method`, `e2e` (%), `ours` (bool).
     """
-    own = methods.sort_values("e2e").reset_index(drop=True)
+    own = methods.dropna(subset=["e2e"]).sort_values("e2e").reset_index(drop=True)
     figure, (axes,) = panels(narrow, 0.3 * len(own) + 0.9)
     for is_ours, colour in ((False, FAINT), (True, COLOURS[0])):
         rows = own[own["ours"] == is_ours]
         axes.hlines(rows.index, 0, rows["e2e"], color=colour, lw=1.2)
         axes.plot(rows["e2e"], rows.index, "o", ms=6, color=colour)
-    for i, row in own.iterrows():
-        axes.annotate(f"{row['e2e']:.1f}", (row["e2e"], float(str(i))), textcoords="offset points", xytext=(7, -3))
-    categories(axes, [str(m) for m in own["method"]])
+    for row in own.itertuples():
+        axes.annotate(f"{row.e2e:.2g}", (row.e2e, row.Index), textcoords="offset points", xytext=(7, -3))
+    categories(axes, ["\n".join(textwrap.wrap(str(m), 26 if narrow else 46)) for m in own["method"]])
     axes.set(xlabel="mean |error of mean E2E| (%)", xlim=(0, own["e2e"].max() * 1.15))
     axes.grid(axis="y", visible=False)
     return figure

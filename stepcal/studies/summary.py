@@ -5,16 +5,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from stepcal.datasets import experiments
 from stepcal.errors import InputError
 from stepcal.evaluation.preregistration import load_preregistration
 from stepcal.evaluation.verdict import NOT_EVALUATED
-from stepcal.studies.registry import END_TO_END, PHYSICAL_MODEL, load_study
+from stepcal.simulator.steptime import StepBatch
+from stepcal.step_time.coefficients import load_coefficients
+from stepcal.step_time.kernel_model import kernel_components_us
+from stepcal.studies.published_runs import load_experiments
+from stepcal.studies.registry import END_TO_END, PHYSICAL_MODEL, RECONSTRUCTION, load_study
 from stepcal.studies.transfer import errors_by_run
 from stepcal.studies.verdicts import verdict_of
-from stepcal.units import PERCENT
+from stepcal.units import PERCENT, US_PER_MS
 
 IN_SAMPLE = "in sample"
 LEFT_OUT = "model left out"
@@ -141,3 +146,29 @@ def summary_facts(
         "unseen_bias": float(error[unseen].mean()),
         "ttft_p99": float(tails["error_percent"].abs().mean()),
     }
+
+
+def step_parts(data: Path | str | None = None) -> pd.DataFrame:
+    """Return the time of a decode step by component, at the mean batch and context of each of the 16 runs.
+
+    Batches are rebuilt from measured latencies: this shows where time goes and judges nothing.
+
+    Returns
+    -------
+    DataFrame
+        A row a run (index: its id), a column a component of the shipped model (ms), and ``measured``, the mean decode
+        interval (ms).
+    """
+    model = load_coefficients("default")
+    runs = load_study(RECONSTRUCTION, data=data)["runs"].set_index("experiment_id")
+    rows = {}
+    for experiment in load_experiments():
+        run = runs.loc[experiment.experiment_id]
+        batch = max(1, round(run["batch"]))
+        contexts = np.full(batch, round(run["kv_tokens"] / batch), dtype=np.int32)
+        none = np.zeros(0, dtype=np.int32)
+        parts = kernel_components_us(model.values, experiment.deployment, StepBatch(none, none, contexts, 0))
+        measured = run["interval_us"] / US_PER_MS
+        rows[experiment.experiment_id] = {k: v / US_PER_MS for k, v in parts.items() if v} | {"measured": measured}
+    table = pd.DataFrame.from_dict(rows, orient="index").fillna(0.0)
+    return table.sort_values("measured")
