@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from stepcal.datasets import have_traces
 from stepcal.errors import InputError
 from stepcal.locations import shipped_folder
 from stepcal.report import fingerprint, staging
@@ -233,7 +234,9 @@ class _Build:
         kernels = install_kernel(output / "work" / "jupyter")
         free = asyncio.Semaphore(self._jobs)
         source = next((str(p.parameters["source"]) for p in pages if "source" in p.parameters), MEASURED)
-        wanted = [n for n in STUDIES if any(n in p.studies for p in pages)] if len(pages) > 1 else []
+        # Without traces a study is a file to read, and a page alone computes what it shows by itself.
+        together = len(pages) > 1 and (source != MEASURED or have_traces())
+        wanted = [n for n in STUDIES if any(n in p.studies for p in pages)] if together else []
         ready = {name: asyncio.Event() for name in wanted}
         executed: dict[str, Executed] = {}
 

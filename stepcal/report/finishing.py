@@ -113,7 +113,8 @@ def finish(
         raw = _RAW.search(_UNSEEN.sub("", _article(text)))
         if raw:
             raise ReportError(f"{name}.html shows `{raw.group(0)}` as text: a role or TeX that was not rendered.")
-        path.write_text(text.replace(FOOT, _foot(name, parameters.get(name, {}), facts)), encoding="utf-8")
+        foot = _foot(name, parameters.get(name, {}), facts, up="../" * (len(path.relative_to(pages).parts) - 1))
+        path.write_text(text.replace(FOOT, foot), encoding="utf-8")
     for file, notebook in notebooks.items():
         target = pages / "_sources" / "book" / file
         if target.is_file():
@@ -185,7 +186,7 @@ def _article(text: str) -> str:
     return found.group(1) if found else ""
 
 
-def _foot(name: str, parameters: Mapping[str, object], facts: Facts) -> str:
+def _foot(name: str, parameters: Mapping[str, object], facts: Facts, up: str) -> str:
     day = dict(facts.days).get(name)
     lines = [f"stepcal {__version__}" + (f", commit {facts.commit}" if facts.commit else "")]
     if day:
@@ -196,7 +197,11 @@ def _foot(name: str, parameters: Mapping[str, object], facts: Facts) -> str:
             "parameters: " + (", ".join(f"{n} = {v}" for n, v in changed.items()) if changed else "the page's defaults")
         )
     lines.append(", ".join(f"{n} {v}" for n, v in facts.versions))
-    return '<p class="stepcal-foot">' + ". ".join(html.escape(line) for line in lines) + ".</p>"
+    return (
+        '<p class="stepcal-foot">'
+        + ". ".join(html.escape(line) for line in lines)
+        + (f'. <a href="{up}{PRINT_PAGE}">The whole book on one page, to print.</a></p>')
+    )
 
 
 def _commit(root: Path) -> str:

@@ -7,6 +7,7 @@ Needs the built book (`make report`), Chromium (`apt-get install chromium`), and
 import importlib.util
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -201,3 +202,38 @@ def test_the_whole_book_is_one_page_to_print(chromium, base, tmp_path):
     )
     assert anchors == []
     assert shutil.which("chromium") is None or page.pdf(path=str(tmp_path / "book.pdf"))[:4] == b"%PDF"
+
+
+def test_try_it_equals_the_python_model_to_a_billionth(chromium, base):
+    import random
+
+    from stepcal.report.try_it import SAMPLINGS, deployments
+    from stepcal.step_time.coefficients import load_coefficients
+
+    page = opened(chromium, base, "try_it", 1280, "light")
+    model, chosen = load_coefficients("default"), random.Random(0)
+    known = {f"{d.architecture.name}|{d.accelerator.name}|{d.tensor_parallel}": d for d in deployments()}
+    assert set(page.evaluate("Object.keys(stepcal.data.deployments)")) == set(known)
+    for key in chosen.sample(sorted(known), 12):
+        kind, batch, context = chosen.choice(list(SAMPLINGS)), chosen.randint(1, 128), chosen.randint(1, 8000)
+        there = page.evaluate(
+            "([k, s, b, c]) => stepcal.step(stepcal.data.deployments[k], s, b, c, stepcal.data.relative)",
+            [key, kind, batch, context],
+        )
+        here = model.predict_us(replace(known[key], sampling=SAMPLINGS[kind]), decode_kv_lens=[context] * batch)
+        assert there["step_us"] == pytest.approx(here, rel=1e-9)
+        assert there["floor_us"] < there["step_us"]
+        assert there["low_us"] <= there["step_us"] <= there["high_us"]
+
+
+def test_try_it_responds_to_the_keyboard_and_refuses_what_cannot_be(chromium, base):
+    page = opened(chromium, base, "try_it", 390, "dark")
+    before = page.inner_text(".try-step")
+    page.focus("#try-batch")
+    page.keyboard.press("ArrowUp")
+    assert page.inner_text(".try-step") != before
+    page.fill("#try-batch", "500")
+    assert "from 1 to 128" in page.inner_text("#try-result")
+    page.fill("#try-batch", "64")
+    page.select_option("#try-gpu", "a100-80gb")
+    assert "Extrapolated" in page.inner_text("#try-result")
