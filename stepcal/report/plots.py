@@ -300,7 +300,7 @@ def predicted_against_measured(narrow: bool, runs: pd.DataFrame, limit_percent: 
         axes.plot([], [], marker, color=colour, label=f"{sample} ({len(own)})")
     axes.set(xscale="log", xlabel="measured mean E2E (s)", ylabel="predicted / measured")
     plain_logarithm(axes)
-    legend_above(axes, columns=1 if narrow else 3)
+    legend_above(axes, columns=1 if narrow else 2)
     return figure
 
 

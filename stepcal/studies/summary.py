@@ -24,6 +24,7 @@ from stepcal.units import PERCENT, US_PER_MS
 IN_SAMPLE = "in sample"
 LEFT_OUT = "model left out"
 NEVER_SEEN = "never seen (H3)"
+MEASURED_KERNELS = "measured kernels, post hoc"
 FIRST_PAGE = {
     "h1": "FLOP components follow the step",
     "h2": "factors on them predict latency",
@@ -68,13 +69,13 @@ def badges(data: Path | str | None = None) -> list[Badge]:
 
 
 def judged_runs(data: Path | str | None = None) -> pd.DataFrame:
-    """Return measured and predicted mean E2E of every run that the physical model was judged on.
+    """Return measured and predicted mean E2E of every run that a physical model was judged on.
 
     Returns
     -------
     DataFrame
         `name`, `measured_ms`, `predicted_ms`, `low_ms`, `high_ms` (95% interval; NaN where there is none), `sample`, and
-        `overloaded`. A run that was predicted in and out of sample has a row for each.
+        `overloaded`. A run that was predicted in more than one way has a row for each.
     """
     study = load_study(PHYSICAL_MODEL, data=data)
     own = study["e2e_intervals"].set_index("experiment_id")
@@ -85,11 +86,16 @@ def judged_runs(data: Path | str | None = None) -> pd.DataFrame:
     outside["predicted_ms"] = outside["measured_ms"] * (1 + folds["e2e_error_percent"] / PERCENT)
     runs = errors_by_run(load_study("transfer").tables).set_index("experiment_id")
     unseen = pd.DataFrame({"measured_ms": runs["e2e_measured_ms"], "predicted_ms": runs["e2e_predicted_ms"]})
+    errors = load_study("kernel_transfer")["errors"].query(
+        "split == 'whole' and metric == 'e2e' and statistic == 'mean'"
+    )
+    kernels = errors[["experiment_id"]].assign(measured_ms=errors["measured"], predicted_ms=errors["predicted"])
     table = pd.concat(
         [
             inside,
             outside.reset_index().assign(sample=LEFT_OUT),
             unseen.reset_index().assign(sample=NEVER_SEEN),
+            kernels.assign(sample=MEASURED_KERNELS),
         ],
         ignore_index=True,
     )
@@ -144,6 +150,8 @@ def summary_facts(
         "limit": limit_percent,
         "unseen": float(size[unseen].mean()),
         "unseen_bias": float(error[unseen].mean()),
+        "kernels": float(size[runs["sample"] == MEASURED_KERNELS].mean()),
+        "kernels_bias": float(error[runs["sample"] == MEASURED_KERNELS].mean()),
         "ttft_p99": float(tails["error_percent"].abs().mean()),
     }
 
