@@ -3,7 +3,7 @@
   "use strict";
 
   function scrollable() {
-    document.querySelectorAll(".table-scroll, pre, mjx-container[display='true'], .fig-scroll").forEach(function (region) {
+    document.querySelectorAll(".table-scroll, .bd-article table.docutils, .bd-article table.table, pre, mjx-container[display='true'], .fig-scroll").forEach(function (region) {
       if (region.scrollWidth > region.clientWidth + 1) {
         region.setAttribute("tabindex", "0");
         region.classList.add("scrolls");
