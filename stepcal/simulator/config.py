@@ -41,6 +41,8 @@ class KvGroup:
     kind : {"full", "sliding", "chunked"}
     window : int
         Tokens that a layer reads, the present one included ("sliding"), or of a chunk ("chunked"); 0 for "full".
+    layers : int
+        Layers of the group; they say what share of the model reads a window.
 
     Raises
     ------
@@ -50,6 +52,7 @@ class KvGroup:
 
     kind: str = "full"
     window: int = 0
+    layers: int = 1
 
     def __post_init__(self) -> None:
         if self.kind not in KV_KINDS:
@@ -141,7 +144,7 @@ class ServerConfig:
         return self.kv_blocks - 1
 
     def _check_groups(self) -> None:
-        windows = {group for group in self.kv_groups if group.kind != "full"}
+        windows = {(group.kind, group.window) for group in self.kv_groups if group.kind != "full"}
         if not self.kv_groups:
             raise InputError("`kv_groups` is empty; a model has at least one group of layers.")
         if len(windows) > 1:
@@ -158,6 +161,12 @@ class ServerConfig:
     def window(self) -> KvGroup:
         """The window of the layers that have one; full attention where none has."""
         return next((group for group in self.kv_groups if group.kind != "full"), KvGroup())
+
+    @property
+    def window_share(self) -> float:
+        """Share of the layers that read a window."""
+        windowed = sum(group.layers for group in self.kv_groups if group.kind != "full")
+        return windowed / sum(group.layers for group in self.kv_groups)
 
     @property
     def has_groups(self) -> bool:
