@@ -55,7 +55,7 @@ test: $(INSTALLED) ## lint, formatting, types, import order, then the tests (mor
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 fuzz: $(INSTALLED) ## damage files and read them with every reader (FUZZ_INPUTS=100000 for a campaign)
-	cd tests && ../$(BIN)/python -m fuzz.campaign --inputs $(FUZZ_INPUTS) --keep ../_build/fuzz
+	cd tests && ../$(BIN)/python -m fuzz.campaign --inputs $(FUZZ_INPUTS) --seed 2026 --keep ../_build/fuzz
 	@cd tests && if ../$(BIN)/python -c "import atheris" 2>/dev/null; then \
 		../$(BIN)/python -m fuzz.coverage_guided -max_total_time=60; else echo "atheris is not installed: skipped"; fi
 

@@ -14,16 +14,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from stepcal.cli.cache import cache
+from stepcal.cli.evaluate import evaluate
 from stepcal.cli.export import export
 from stepcal.cli.ingest import ingest
-from stepcal.cli.output import FOUND, Json, emit, progress_options, reports_errors
+from stepcal.cli.output import Json, emit, reports_errors
 from stepcal.cli.own_server import calibrate, check, demo
 from stepcal.cli.planning import compare, plan, predict
 from stepcal.cli.report import report
 from stepcal.cli.simulate_command import simulate
 from stepcal.cli.upkeep import design, drift
-from stepcal.errors import InputError, shown
-from stepcal.files import refuse_unwritable
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -35,8 +34,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # boxes and colours would double the time that help takes
 )
-
-ARRIVALS = ("replayed", "poisson", "constant")
 
 
 @app.callback()
@@ -175,112 +172,6 @@ def verdict(
 
 @app.command()
 @reports_errors
-def evaluate(
-    coefficients: Annotated[
-        str,
-        typer.Option(
-            "--coefficients",
-            help="default (physical, frozen), global9, phase16, model36, or a file that `stepcal fit --json` wrote.",
-        ),
-    ] = "default",
-    experiments: Annotated[
-        Path | None,
-        typer.Option("--experiments", help="Folder of your own experiments. Default: the 16 experiments of the study."),
-    ] = None,
-    arrivals: Annotated[
-        str | None,
-        typer.Option("--arrivals", help="replayed, poisson or constant. Default: replayed where requests are at hand."),
-    ] = None,
-    accelerator: Annotated[
-        str | None,
-        typer.Option(
-            "--accelerator", help="GPU of experiments that do not name one. Default: as in the run's name, or h100-sxm."
-        ),
-    ] = None,
-    kv_offloading_gib: Annotated[
-        float | None,
-        typer.Option("--kv-offloading-gib", help="`kv_offloading_size` of experiments that do not say. Default: none."),
-    ] = None,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Of generated arrivals.")] = 0,
-    json_out: Json = None,
-) -> None:
-    """Simulate measured experiments end to end and compare latencies with what clients saw.
-
-    Arrivals go in, latencies come out; nothing of the measured latencies is used. Example: stepcal evaluate --json -
-    """
-    from tqdm import tqdm
-
-    from stepcal.datasets import have_traces, load_requests
-    from stepcal.evaluation.evaluate import evaluate as evaluate_cases
-    from stepcal.experiments.folders import read_usable_runs
-    from stepcal.experiments.latencies import measured_latencies
-    from stepcal.step_time.coefficients import load_coefficients
-    from stepcal.studies.published_runs import load_experiments
-
-    if json_out not in (None, "-"):
-        refuse_unwritable(Path(json_out))
-    if arrivals not in (None, *ARRIVALS):
-        raise InputError(f"`--arrivals` is {shown(arrivals)}; it must be one of {', '.join(ARRIVALS)}.")
-    fitted = load_coefficients(coefficients)
-    bad: dict[str, str] = {}
-    if experiments is not None:
-        cases, bad = read_usable_runs(experiments, accelerator=accelerator, kv_offloading_gib=kv_offloading_gib)
-    else:
-        at_hand = have_traces()
-        cases = [(e, measured_latencies(e)) for e in load_experiments(load_requests() if at_hand else None)]
-
-    def note(name: str, error: InputError) -> None:
-        bad[name] = str(error)
-
-    in_turn = tqdm(cases, unit=" experiments", **progress_options())
-    judged = evaluate_cases(fitted, in_turn, process=arrivals, seed=seed, on_error=note)
-    if not judged["per_experiment"]:
-        raise InputError("\n".join(list(bad.values())[:5]))
-    result = {"coefficients": coefficients, **judged}
-    if bad:
-        result["bad_runs"] = [{"experiment_id": name, "reason": reason} for name, reason in bad.items()]
-    lines = [f"{coefficients}, {result['arrivals']} arrivals: signed error of the mean over completed requests (%)"]
-    lines += [_evaluation_line(row, result["arrivals"]) for row in result["per_experiment"]]
-    lines += _note_lines(result["per_experiment"])
-    evaluable = [row for row in result["per_experiment"] if row["e2e_error_percent"] is not None]
-    if evaluable:
-        lines.append(
-            f"  E2E: mean |error| {result['mean_abs_e2e_error_percent']:.1f}%, MSPE {result['mspe_percent']:+.1f}%, "
-            f"{result['n_below_10_percent']} of {len(evaluable)} evaluable experiments below 10%"
-        )
-    lines += [f"  {name}: cannot be used. {reason}" for name, reason in bad.items()]
-    emit(result, json_out, "\n".join(lines))
-    if bad:
-        raise typer.Exit(FOUND)
-
-
-def _evaluation_line(row: dict[str, Any], arrivals: str) -> str:
-    if row["e2e_error_percent"] is None:
-        return f"  {row['experiment_id']}: not evaluable. {row.get('reason', 'No request completed.')}"
-    errors = ", ".join(
-        f"{label} {'not evaluable' if row[key] is None else format(row[key], '+.1f')}"
-        for label, key in (("E2E", "e2e_error_percent"), ("TTFT", "ttft_error_percent"), ("TPOT", "tpot_error_percent"))
-    )
-    failed = f"failed {row['predicted']['failed']:,} (measured {row['measured']['failed']:,})"
-    return f"  {row['experiment_id']}: {errors}; {failed}" + (
-        "" if row["arrivals"] == arrivals else f"; {row['arrivals']}"
-    )
-
-
-def _note_lines(rows: list[dict[str, Any]]) -> list[str]:
-    """One line a note, with the experiments that it is about, or their number."""
-    about: dict[str, list[str]] = {}
-    for row in rows:
-        for note in row["notes"]:
-            about.setdefault(note, []).append(row["experiment_id"])
-    few = 3
-    return [
-        f"  Note: {note} ({', '.join(n) if len(n) <= few else f'{len(n)} experiments'})" for note, n in about.items()
-    ]
-
-
-@app.command()
-@reports_errors
 def download() -> None:
     """Fetch the public traces (about 35 MB) at their pinned commits, check their hashes, and keep them in a cache.
 
@@ -342,6 +233,7 @@ def _estimate(estimate: Any) -> dict[str, Any]:
 
 app.command()(reports_errors(ingest))
 app.command()(reports_errors(simulate))
+app.command()(reports_errors(evaluate))
 app.command()(reports_errors(report))
 app.command()(reports_errors(cache))
 app.command()(reports_errors(check))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import inspect
 import json
+import logging
 import math
 import os
 import sys
@@ -42,6 +43,8 @@ def reports_errors(command: Callable[P, R]) -> Callable[..., R]:
     @functools.wraps(command)
     def wrapped(*args: Any, quiet: bool = False, **kwargs: Any) -> R:
         _state["quiet"] = quiet
+        if quiet:
+            logging.getLogger("stepcal").setLevel(logging.WARNING)
         try:
             return command(*args, **kwargs)
         except StepcalError as error:
