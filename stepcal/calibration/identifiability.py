@@ -16,7 +16,7 @@ from scipy.stats import norm
 
 from stepcal.metrics import BLOCK_STEPS, CONFIDENCE
 from stepcal.step_time.corrections import Combination, Parameter
-from stepcal.units import FloatArray
+from stepcal.units import BoolArray, FloatArray
 
 RANK_TOLERANCE = 1e-7
 """Singular values below this share of the largest count as zero: square root of double precision, with a margin."""
@@ -118,41 +118,53 @@ def assess(
     # What counts as zero is the noise of the arithmetic, and differs between machines.
     identifiability = Identifiability(np.where(np.arange(singular.size) < rank, singular, 0.0), rank)
 
-    at_bound = np.array([_bound_reached(p, v) for p, v in zip(parameters, theta, strict=True)])
+    at_bound = [_bound_reached(p, v) for p, v in zip(parameters, theta, strict=True)]
     unused = ~np.any(relative != 0, axis=0)
     row_space = vectors[:rank]
     covariance = _sandwich(relative, residuals, row_space, singular[:rank], block_length)
 
-    index = {p.name: j for j, p in enumerate(parameters)}
-    directions = np.eye(len(parameters))
-    estimates = []
-    for j, p in enumerate(parameters):
-        determined = _determined(directions[j], row_space)
-        reason = at_bound[j]
-        if unused[j]:
-            determined = at_bound[j] != "" and theta[j] == 0
+    judge = _Judge({p.name: j for j, p in enumerate(parameters)}, theta, row_space, covariance, unused, at_bound)
+    estimates = tuple(judge.parameter(p, combinations) for p in parameters)
+    return estimates, tuple(judge.combination(c) for c in combinations), identifiability
+
+
+@dataclass(frozen=True)
+class _Judge:
+    """What a Jacobian says about directions in ``log(theta)``."""
+
+    index: dict[str, int]
+    theta: FloatArray
+    row_space: FloatArray
+    covariance: FloatArray
+    unused: BoolArray
+    at_bound: list[str]
+
+    def parameter(self, p: Parameter, combinations: Sequence[Combination]) -> Estimate:
+        j = self.index[p.name]
+        direction = np.eye(len(self.index))[j]
+        determined, reason = _determined(direction, self.row_space), self.at_bound[j]
+        if self.unused[j]:
+            determined = self.at_bound[j] != "" and self.theta[j] == 0
             reason = reason if determined else _why_unused(p.name)
         elif not determined:
             partners = [c for c in combinations if any(name == p.name for name, _ in c.exponents)]
-            known = [c.name for c in partners if _determined(_direction(c, index), row_space)]
+            known = [c.name for c in partners if _determined(_direction(c, self.index), self.row_space)]
             # Near a bound of zero the relative derivative vanishes with the value, whatever the data say.
-            determined = not partners and at_bound[j] != ""
+            determined = not partners and self.at_bound[j] != ""
             if not determined:
                 reason = f"only {known[0]} is" if known else "another parameter does the same"
-        estimates.append(_estimate(p.name, p.unit, theta[j], directions[j], covariance, determined, reason))
+        return _estimate(p.name, p.unit, self.theta[j], direction, self.covariance, determined, reason)
 
-    combined = []
-    for c in combinations:
-        members = [(index[name], power) for name, power in c.exponents]
-        direction = _direction(c, index)
-        value = float(np.prod([theta[j] ** power for j, power in members]))
-        idle = all(unused[j] for j, _ in members)
-        determined = not idle and _determined(direction, row_space)
+    def combination(self, c: Combination) -> Estimate:
+        members = [(self.index[name], power) for name, power in c.exponents]
+        direction = _direction(c, self.index)
+        value = float(np.prod([self.theta[j] ** power for j, power in members]))
+        idle = all(self.unused[j] for j, _ in members)
+        determined = not idle and _determined(direction, self.row_space)
         reason = _why_unused(c.name) if idle else "" if determined else "another combination does the same"
-        if determined and all(at_bound[j] for j, _ in members):
+        if determined and all(self.at_bound[j] for j, _ in members):
             reason = "at a bound of the search"
-        combined.append(_estimate(c.name, "1", value, direction, covariance, determined, reason))
-    return tuple(estimates), tuple(combined), identifiability
+        return _estimate(c.name, "1", value, direction, self.covariance, determined, reason)
 
 
 def _direction(combination: Combination, index: dict[str, int]) -> FloatArray:

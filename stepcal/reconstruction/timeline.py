@@ -178,6 +178,15 @@ def request_lives(requests: pd.DataFrame, experiments: pd.DataFrame, *, failed_r
         fewer than two tokens.
     """
     table = _joined(requests, experiments)
+    lives = _measured_lives(table)
+    if failed_ran and not lives["completed"].all():
+        output = table["run_output_tokens"].to_numpy(dtype=float)
+        lives = fill_in_failed(lives, table["max_num_seqs"].to_numpy(), output)
+    return lives
+
+
+def _measured_lives(table: pd.DataFrame) -> pd.DataFrame:
+    """Return the lives as measured; failed requests wait until they were aborted."""
     completed = ~table["has_error"].to_numpy(dtype=bool)
     arrival = table["arrival_time_us"].to_numpy(dtype=float)
     end = arrival + US_PER_S * table["e2e_s"].to_numpy(dtype=float)
@@ -187,7 +196,7 @@ def request_lives(requests: pd.DataFrame, experiments: pd.DataFrame, *, failed_r
     text = text_of_request(table)
     prompt_tokens = known_or_typical_length(table, text)
     queued = (first - arrival) - UNQUEUED_STEPS * interval - UNQUEUED_US
-    lives = pd.DataFrame(
+    return pd.DataFrame(
         {
             "experiment_id": table["experiment_id"].astype(str).to_numpy(),
             "index": table["index"].to_numpy(),
@@ -206,9 +215,6 @@ def request_lives(requests: pd.DataFrame, experiments: pd.DataFrame, *, failed_r
             "ran": completed,
         }
     )
-    if failed_ran and not completed.all():
-        lives = fill_in_failed(lives, table["max_num_seqs"].to_numpy(), output)
-    return lives
 
 
 def build_timeline(lives: pd.DataFrame) -> Timeline:

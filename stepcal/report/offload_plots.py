@@ -19,7 +19,8 @@ from stepcal.report.theme import (
     panels,
     plain_logarithm,
 )
-from stepcal.studies.kv_offloading import ALL, NONE, OUTPUTS, PROMPTS, SMALLER, STOCK
+from stepcal.studies.kv_offloading import NONE, OUTPUTS, SMALLER, STOCK
+from stepcal.studies.offload_pool import ALL, PROMPTS
 from stepcal.studies.published_runs import STUDY_OFFLOAD_GIB
 from stepcal.units import US_PER_MS
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import pandas as pd
 
 from stepcal.calibration.variants import VARIANTS, fit_variant
@@ -59,10 +60,9 @@ def run_h2(
         if fitted.fit is not None:
             found = fitted.fit.identifiability
             counts[-1]["n_determined"] = found.rank
-            singular += [
-                {"variant": name, "rank": i + 1, "singular_value": float(s)}
-                for i, s in enumerate(found.singular_values)
-            ]
+            ranks = np.arange(1, len(found.singular_values) + 1)
+            table = {"variant": name, "rank": ranks, "singular_value": found.singular_values}
+            singular.append(pd.DataFrame(table))
             texts[name] = fitted.fit.report()
         if name in BIAS_VARIANTS:
             bias.append(bias_table(predicted, split.test, n_resamples=n_resamples, seed=seed).assign(variant=name))
@@ -70,7 +70,7 @@ def run_h2(
         "scores": pd.concat(scores, ignore_index=True),
         "parameters": pd.DataFrame(estimates),
         "combinations": pd.DataFrame(combinations),
-        "singular_values": pd.DataFrame(singular),
+        "singular_values": pd.concat(singular, ignore_index=True) if singular else pd.DataFrame(),
         "sizes": _split_sizes(split.train, split.valid, split.test),
         "variants": pd.DataFrame(counts),
     }

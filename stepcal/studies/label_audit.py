@@ -1,7 +1,4 @@
-"""Two studies of the measurements themselves: what the label measures, and how well the batch can be rebuilt.
-
-Each is a function from tables to tables, run on the measured traces or read from its recording (`stepcal.studies.registry`).
-"""
+"""The study ``label_audit``: what the published label measures, beside the time that a step takes."""
 
 from __future__ import annotations
 
@@ -11,38 +8,21 @@ from itertools import pairwise
 import numpy as np
 import pandas as pd
 
-from stepcal.metrics import mape_percent, pearson_r
+from stepcal.metrics import pearson_r
 from stepcal.reconstruction.checks import (
-    blocks_in_use,
     estimate_offset_us,
-    failure_sensitivity,
-    rebuilt_at_steps,
-    validate_reconstruction,
 )
 from stepcal.reconstruction.labels import EXCLUSIONS, stage_starts_ns, step_intervals
 from stepcal.reconstruction.timeline import (
-    DECODING,
-    KV_TOKENS,
-    TEST,
-    TRAIN,
-    WAITING,
     build_timeline,
     decode_intervals,
     request_lives,
 )
-from stepcal.units import NS_PER_US, PERCENT, US_PER_S, FloatArray
+from stepcal.units import NS_PER_US, PERCENT, FloatArray
 
 Tables = dict[str, pd.DataFrame]
 LARGE_PREFILL_TOKENS = 64
 """Prefill tokens above which a step is visibly longer: most cached prompts leave at most one block of 16."""
-LINE_FEATURES = ("batch", "kv_tokens", "waiting", "prefill_tokens", "prefill_requests")
-SECONDS_AROUND_STAGE_CHANGE = 40.0
-SCATTER_EVERY = 40
-"""Every so many sampled steps one is kept for a figure."""
-WINDOW_COLUMNS = ("experiment_id", "time_us", "running_depth_traced", "running_depth_rebuilt")
-SCATTER_COLUMNS = ("experiment_id", "kv_blocks_traced", "kv_blocks_rebuilt")
-CAPACITY_EVERY_US = 1e6
-OVERLOAD_EVERY_US = 10e6
 LARGE_BATCH = 60
 CONTENDED_US = 1_500.0
 """Label that no batch of 128 reaches at 8 to 9 µs a request; above it the call was held up. Few labels lie near it."""
@@ -78,12 +58,12 @@ def run_label_audit(
     texts : dict
         Empty.
     """
-    lives = _lives_of_traced(steps, requests, experiments)
-    offsets = {name: estimate_offset_us(_of(steps, name), build_timeline(own)) for name, own in lives.items()}
+    lives = lives_of_traced(steps, requests, experiments)
+    offsets = {name: estimate_offset_us(rows_of(steps, name), build_timeline(own)) for name, own in lives.items()}
     intervals = step_intervals(steps, stage_starts_ns=stage_starts_ns(requests, stages, offsets))
     per_token = []
     for name, own in lives.items():
-        counted = steps_per_token(_of(steps, name), own, offset_us=offsets[name])
+        counted = steps_per_token(rows_of(steps, name), own, offset_us=offsets[name])
         p1, median, p99 = np.percentile(counted, [1, 50, 99])
         error = float(np.abs(counted - 1).mean())
         row = {"experiment_id": name, "n_requests": counted.size, "p1": float(p1), "median": float(median)}
@@ -96,45 +76,6 @@ def run_label_audit(
         "by_running": _by_running(steps, intervals),
         "modes": label_modes(steps),
         "by_run": label_by_run(predictions, decode_intervals(requests, experiments), experiments),
-    }
-    return tables, {}
-
-
-def run_reconstruction(
-    steps: pd.DataFrame, requests: pd.DataFrame, experiments: pd.DataFrame
-) -> tuple[Tables, dict[str, str]]:
-    """Rebuild batches and queues from requests, and check them against the traces.
-
-    Parameters
-    ----------
-    steps, requests, experiments : DataFrame
-        As for `run_label_audit`.
-
-    Returns
-    -------
-    tables : dict
-        ``validation``, ``failures`` (what the assumption about failed requests matters), ``runs`` (means over completed
-        requests, cache use), ``line_fits`` (how well a line in the rebuilt quantities gives each request's interval), and
-        for figures ``window``, ``scatter`` and ``overload``.
-    texts : dict
-        Empty.
-    """
-    window, scatter = [], []
-    for name, lives in _lives_of_traced(steps, requests, experiments).items():
-        table = rebuilt_at_steps(_of(steps, name), lives, _run(experiments, name)).assign(experiment_id=name)
-        scatter.append(table.iloc[::SCATTER_EVERY])
-        middle = lives["arrival_us"].max() / 2
-        near = (table["time_us"] - middle).abs() < SECONDS_AROUND_STAGE_CHANGE * US_PER_S
-        window.append(table[near])
-    decode = decode_intervals(requests, experiments)
-    tables = {
-        "validation": validate_reconstruction(steps, requests, experiments),
-        "failures": failure_sensitivity(requests, experiments),
-        "runs": _runs(decode, requests, experiments),
-        "line_fits": request_line_fits(decode),
-        "window": pd.concat(window, ignore_index=True)[list(WINDOW_COLUMNS)].round(0),
-        "scatter": pd.concat(scatter, ignore_index=True)[list(SCATTER_COLUMNS)].round(1),
-        "overload": _overload(requests, experiments),
     }
     return tables, {}
 
@@ -175,60 +116,15 @@ def large_prefills(steps: pd.DataFrame, intervals: pd.DataFrame) -> pd.DataFrame
     )[chosen].reset_index(drop=True)
 
 
-def request_line_fits(decode: pd.DataFrame) -> pd.DataFrame:
-    """Fit each run's decode intervals by a line in the rebuilt quantities, least squares of relative errors.
-
-    Parameters
-    ----------
-    decode : DataFrame
-        Of `stepcal.reconstruction.timeline.decode_intervals`.
-
-    Returns
-    -------
-    DataFrame
-        `experiment_id`, `n_requests`, `mape_constant_percent` (the best constant's), `mape_percent` (mean over the run's
-        requests, fitted on them), `n_test`, `mape_test_percent` (mean over the test split, fitted on the training split;
-        NaN where either has fewer requests than the line has coefficients).
-    """
-    rows = []
-    for experiment, own in decode.groupby("experiment_id", sort=True):
-        y = own["interval_us"].to_numpy()
-        x = np.column_stack([np.ones(len(own)), own[list(LINE_FEATURES)].to_numpy()])
-        train, test = (own["split"] == TRAIN).to_numpy(), (own["split"] == TEST).to_numpy()
-        enough = min(train.sum(), test.sum()) >= x.shape[1]
-        rows.append(
-            {
-                "experiment_id": experiment,
-                "n_requests": len(own),
-                "mape_constant_percent": mape_percent(_relative_fit(x[:, :1], y)[0] * np.ones(y.size), y),
-                "mape_percent": mape_percent(x @ _relative_fit(x, y), y),
-                "n_test": int(test.sum()),
-                "mape_test_percent": (
-                    mape_percent(x[test] @ _relative_fit(x[train], y[train]), y[test]) if enough else float("nan")
-                ),
-            }
-        )
-    return pd.DataFrame(rows)
-
-
-def _relative_fit(x: FloatArray, y: FloatArray) -> FloatArray:
-    scale = np.abs(x).max(axis=0)
-    scale[scale == 0] = 1.0
-    solution: FloatArray = np.linalg.lstsq(x / scale / y[:, None], np.ones(y.size), rcond=None)[0]
-    return solution / scale
-
-
-def _lives_of_traced(steps: pd.DataFrame, requests: pd.DataFrame, experiments: pd.DataFrame) -> dict[str, pd.DataFrame]:
+def lives_of_traced(steps: pd.DataFrame, requests: pd.DataFrame, experiments: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """Return what happened to each request of every run that has steps too, by experiment (`request_lives`)."""
     names = sorted(set(steps["experiment_id"]) & set(requests["experiment_id"]))
-    return {str(name): request_lives(_of(requests, name), experiments) for name in names}
+    return {str(name): request_lives(rows_of(requests, name), experiments) for name in names}
 
 
-def _of(table: pd.DataFrame, experiment: str) -> pd.DataFrame:
+def rows_of(table: pd.DataFrame, experiment: str) -> pd.DataFrame:
+    """Return the rows of one experiment."""
     return table[table["experiment_id"] == experiment]
-
-
-def _run(experiments: pd.DataFrame, experiment: str) -> pd.Series:
-    return experiments[experiments["experiment_id"] == experiment].iloc[0]
 
 
 def _interval_error(intervals: pd.DataFrame) -> pd.DataFrame:
@@ -253,44 +149,6 @@ def _by_running(steps: pd.DataFrame, intervals: pd.DataFrame) -> pd.DataFrame:
     label = label_by_running(known).assign(quantity="label")
     interval = label_by_running(known, column="interval_us").assign(quantity="interval")
     return pd.concat([label, interval], ignore_index=True)
-
-
-def _runs(decode: pd.DataFrame, requests: pd.DataFrame, experiments: pd.DataFrame) -> pd.DataFrame:
-    rows = []
-    for experiment, own in decode.groupby("experiment_id", sort=True):
-        lives = request_lives(_of(requests, str(experiment)), experiments)
-        run = _run(experiments, str(experiment))
-        times = np.arange(0.0, lives["end_us"].max(), CAPACITY_EVERY_US)
-        most = float(blocks_in_use(lives, times, run).max())
-        columns = ("interval_us", "batch", "kv_tokens", "waiting", "prefill_tokens", "prefill_requests", "arrivals")
-        means = {name: float(own[name].mean()) for name in columns}
-        peak = PERCENT * most / float(run["kv_blocks_total"])
-        rows.append({"experiment_id": experiment, "n_completed": len(own), **means, "kv_peak_percent": peak})
-    return pd.DataFrame(rows)
-
-
-def _overload(requests: pd.DataFrame, experiments: pd.DataFrame) -> pd.DataFrame:
-    tables = []
-    for name in experiments.loc[experiments["overloaded"], "experiment_id"]:
-        lives = request_lives(_of(requests, name), experiments)
-        if lives.empty:
-            continue
-        times = np.arange(0.0, lives["end_us"].max(), OVERLOAD_EVERY_US)
-        now = build_timeline(lives).at(times)
-        done = build_timeline(lives[lives["completed"]]).at(times)
-        tables.append(
-            pd.DataFrame(
-                {
-                    "experiment_id": name,
-                    "time_s": times / US_PER_S,
-                    "decoding": now[DECODING],
-                    "decoding_completed": done[DECODING],
-                    "kv_tokens": now[KV_TOKENS],
-                    "waiting": now[WAITING],
-                }
-            )
-        )
-    return pd.concat(tables, ignore_index=True).round(1)
 
 
 def label_against_interval(intervals: pd.DataFrame) -> pd.DataFrame:

@@ -79,19 +79,13 @@ def run_physical_model(
     frozen = frozen_values()
     parameters, draws = parameter_table(fitted, seed=seed)
     folds, values = cross_validate(runs, level, workers=workers)
-    comparisons = pd.concat([compare_runs(runs, frozen, DEFAULT), baseline(runs)], ignore_index=True)
-    errors = pd.concat([errors_by_run(comparisons, runs, split) for split in SPLITS], ignore_index=True)
-    wanted = (comparisons["variant"] == DEFAULT) & (comparisons["split"] == "whole")
     without = values[values["leave_out"] == "model"].pivot(index="fold", columns="name", values="value")
     values_without = {str(model): {p.name: float(row[p.name]) for p in PARAMETERS} for model, row in without.iterrows()}
     labelled = labelled_steps(steps, requests, runs_table, stage_starts_ns=stage_starts_ns)
     tables = {
         "parameters": parameters.assign(frozen=as_array(frozen)),
         "singular_values": singular_values(fitted),
-        "errors": errors,
-        "percentiles": comparisons[wanted & comparisons["statistic"].isin(["p50", "p90", "p99"])].reset_index(
-            drop=True
-        ),
+        **_closed_loop_errors(runs, frozen),
         "requests": request_scores(level, frozen),
         "first_requests": first_requests(runs, frozen),
         "steps": step_scores(
@@ -103,6 +97,14 @@ def run_physical_model(
         "next_experiments": rank_next_experiments(fitted),
     }
     return tables, {"reproduced": f"{distance_from_frozen(fitted):.1f}"}
+
+
+def _closed_loop_errors(runs: Sequence[Run], values: Mapping[str, float]) -> Tables:
+    comparisons = pd.concat([compare_runs(runs, values, DEFAULT), baseline(runs)], ignore_index=True)
+    errors = pd.concat([errors_by_run(comparisons, runs, split) for split in SPLITS], ignore_index=True)
+    wanted = (comparisons["variant"] == DEFAULT) & (comparisons["split"] == "whole")
+    shown = comparisons[wanted & comparisons["statistic"].isin(["p50", "p90", "p99"])]
+    return {"errors": errors, "percentiles": shown.reset_index(drop=True)}
 
 
 def distance_from_frozen(fitted: Calibration) -> float:
@@ -238,15 +240,16 @@ def step_scores(
             family = _families(table)[own][0]
             left_out = (values_without or {}).get(family)
             learned = everywhere | ({} if left_out is None else {"other models": left_out})
+            physical = {
+                (trained_on, "physical"): PhysicalModel().predict_us(own_values, features.rows(judged))
+                for trained_on, own_values in learned.items()
+            }
             for label, column in LABELS.items():
                 if kind == GAP_MEAN and label == "published":
                     continue  # It is of the sampled step alone.
                 actual = table[column].to_numpy(dtype=float)
                 predictions = _baselines(counts, actual, own, judged, _families(table) != family)
-                if label == "corrected":
-                    for trained_on, own_values in learned.items():
-                        predicted = PhysicalModel().predict_us(own_values, features.rows(judged))
-                        predictions[trained_on, "physical"] = predicted
+                predictions |= physical if label == "corrected" else {}
                 about = {"experiment_id": name, "label": label, "features": kind}
                 rows += [about | _scored(who, p, actual[judged]) for who, p in predictions.items()]
     return pd.DataFrame(rows)

@@ -50,7 +50,7 @@ def label_audit(steps: pd.DataFrame, requests: pd.DataFrame, predictions: pd.Dat
 def reconstruction(steps: pd.DataFrame, requests: pd.DataFrame) -> TablesAndTexts:
     """Batches rebuilt from requests."""
     from stepcal.datasets import experiments
-    from stepcal.studies.label_audit import run_reconstruction
+    from stepcal.studies.batch_reconstruction import run_reconstruction
 
     return run_reconstruction(steps, requests, experiments())
 

@@ -7,9 +7,11 @@ import pytest
 from stepcal.errors import InputError
 from stepcal.reconstruction import labels
 from stepcal.reconstruction.labels import stage_starts_ns
+from stepcal.studies import label_audit
 from stepcal.studies import records as recorded
 from stepcal.studies import registry as studies
-from stepcal.studies.label_audit import large_prefills, request_line_fits
+from stepcal.studies.batch_reconstruction import request_line_fits
+from stepcal.studies.label_audit import large_prefills
 
 
 @pytest.fixture
@@ -90,7 +92,7 @@ class TestStepIntervals:
 
 def test_share_of_wall_time_counts_every_step(trace):
     steps = trace([1, 2, 6, 7], [0, 10, 50, 60], duration_us=[1000.0, 2000.0, 1000.0, 5.0])
-    row = labels.label_against_interval(labels.step_intervals(steps)).iloc[0]
+    row = label_audit.label_against_interval(labels.step_intervals(steps)).iloc[0]
     assert row["wall_share_percent"] == pytest.approx(100 * (1 + 4 * 2 + 1) / 60)
     assert row["ratio_median"] == pytest.approx(10)
 
@@ -106,12 +108,12 @@ def test_steps_are_counted_between_samples(trace):
     )
     # Ten milliseconds a step, on a clock 1 s ahead.
     steps = trace([10, 15, 20], [1100, 1150, 1200])
-    assert labels.steps_per_token(steps, lives, offset_us=1e6) == pytest.approx([1.0])
+    assert label_audit.steps_per_token(steps, lives, offset_us=1e6) == pytest.approx([1.0])
 
 
 def test_label_by_running_takes_decode_steps_only(trace):
     steps = trace([1, 2, 3], [0, 10, 20], decode=[5, 5, 25], prefill_tokens=[0, 100, 0], duration_us=[40.0, 9e9, 200.0])
-    table = labels.label_by_running(steps).set_index(["experiment_id", "bin"])
+    table = label_audit.label_by_running(steps).set_index(["experiment_id", "bin"])
     assert table.loc[("run-a", "1-10"), "median_us"] == 40
     assert table.loc[("pooled", "21-30"), "per_request_us"] == pytest.approx(8)
 

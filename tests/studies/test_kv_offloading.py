@@ -8,17 +8,15 @@ from stepcal.specs.architecture import load_architecture
 from stepcal.specs.kv_offloading import offload_blocks, rejected_requests
 from stepcal.studies import registry as studies
 from stepcal.studies.kv_offloading import (
-    ALL,
     OUTPUTS,
-    PROMPTS,
     STOCK,
     TIMING,
-    fit_pool,
     interval_slopes,
     label_by_held,
     rejection_cost,
     steady_timing,
 )
+from stepcal.studies.offload_pool import ALL, PROMPTS, fit_pool
 from stepcal.studies.records import read_recorded
 
 OUTPUT_TOKENS = 248
