@@ -22,3 +22,22 @@ def test_every_room_stands_in_the_contract() -> None:
     rooms = {p.name for p in (ROOT / "stepcal").iterdir() if (p / "__init__.py").is_file()}
     modules = {p.stem for p in (ROOT / "stepcal").glob("*.py")} - {"__init__", "__main__"}
     assert rooms | modules <= contract
+
+
+LONGEST_FILE, LONGEST_FUNCTION, MOST_MODULES = 450, 60, 20
+SOURCES = sorted((ROOT / "stepcal").rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_a_file_is_read_in_one_go(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= LONGEST_FILE
+    functions = (n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef))
+    lengths = {f.name: (f.end_lineno or 0) - f.lineno + 1 for f in functions}
+    long = {name: lines for name, lines in lengths.items() if lines > LONGEST_FUNCTION and name not in STILL_LONG}
+    assert not long, "split what does more than one thing"
+
+
+def test_a_room_has_few_modules() -> None:
+    rooms = Counter(str(path.parent.relative_to(ROOT)) for path in SOURCES if path.name != "__init__.py")
+    assert max(rooms.values()) <= MOST_MODULES, rooms.most_common(3)

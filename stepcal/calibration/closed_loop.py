@@ -17,7 +17,7 @@ from threadpoolctl import threadpool_limits
 from stepcal.calibration.gauss_newton import minimise, significant
 from stepcal.calibration.robust import soft, soft_slope
 from stepcal.calibration.training_rows import RequestLevel
-from stepcal.datasets.splits import STUDY_FRACTIONS
+from stepcal.datasets.splits import split_starts
 from stepcal.errors import InputError
 from stepcal.experiments.experiment import Experiment
 from stepcal.simulator import CompiledStepTime, RequestList, simulate
@@ -119,7 +119,7 @@ def _prepare(experiment: Experiment) -> Run:
     if table is None:
         raise InputError(f"The requests of `{experiment.experiment_id}` are not at hand. Set STEPCAL_DATA.")
     n = len(table)
-    n_train = int(np.rint(STUDY_FRACTIONS[0] * n))
+    n_train, _ = split_starts(n)
     arrival_s = table["arrival_time_us"].to_numpy(dtype=float) / US_PER_S
     e2e, ttft = table["e2e_s"].to_numpy(dtype=float), table["ttft_s"].to_numpy(dtype=float)
     ended = arrival_s + np.where(table["has_error"], experiment.workload.timeout_s, e2e) <= arrival_s[n_train]

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
+from numpy.typing import ArrayLike
 
 from stepcal.errors import InputError
+from stepcal.units import IntArray
 
 STUDY_FRACTIONS = (0.6, 0.2)
 """Train and validation shares of the study; the rest is the test split."""
@@ -21,6 +23,30 @@ class Split:
     train: pd.DataFrame
     valid: pd.DataFrame
     test: pd.DataFrame
+
+
+def split_starts(n: ArrayLike, fractions: tuple[float, float] = STUDY_FRACTIONS) -> tuple[IntArray, IntArray]:
+    """Return where the validation and the test part begin among `n` rows in time order: every split of the package is this.
+
+    Parameters
+    ----------
+    n : array_like of int
+    fractions : (float, float)
+        Shares of the training and validation part.
+
+    Returns
+    -------
+    first_valid, first_test : ndarray of int
+        ``round(0.6 n)``, and that plus ``round(0.2 n)``; halves go to the even number, as in the study.
+
+    Examples
+    --------
+    >>> first_valid, first_test = split_starts(52)
+    >>> int(first_valid), int(first_test)
+    (31, 41)
+    """
+    n_train, n_valid = (np.rint(share * np.asarray(n)).astype(np.int64) for share in fractions)
+    return n_train, n_train + n_valid
 
 
 def temporal_split(steps: pd.DataFrame, fractions: tuple[float, float] = STUDY_FRACTIONS) -> Split:
@@ -53,10 +79,8 @@ def temporal_split(steps: pd.DataFrame, fractions: tuple[float, float] = STUDY_F
     ordered = steps.sort_values(["experiment_id", "step_id"], kind="stable")
     position = ordered.groupby("experiment_id", observed=True).cumcount().to_numpy()
     size = ordered.groupby("experiment_id", observed=True)["step_id"].transform("size").to_numpy()
-    # np.rint rounds halves to even, as Python's round() did in the study.
-    n_train = np.rint(train_share * size)
-    n_valid = np.rint(valid_share * size)
-    in_train, in_test = position < n_train, position >= n_train + n_valid
+    first_valid, first_test = split_starts(size, fractions)
+    in_train, in_test = position < first_valid, position >= first_test
     parts = {"train": in_train, "valid": ~in_train & ~in_test, "test": in_test}
     _refuse_empty(ordered, parts, optional="valid" if valid_share == 0 else None)
     return Split(**{name: ordered[rows] for name, rows in parts.items()})

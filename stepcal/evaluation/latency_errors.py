@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 import pandas as pd
 
-from stepcal.datasets.splits import STUDY_FRACTIONS
+from stepcal.datasets.splits import split_starts
 from stepcal.errors import InputError
 from stepcal.experiments.experiment import Experiment
 from stepcal.experiments.latencies import LATENCIES, WHOLE, measured_latencies
@@ -110,5 +110,5 @@ def _first_completed(experiment: Experiment) -> pd.DataFrame:
         raise InputError(
             f"The requests of `{experiment.experiment_id}` are not at hand. Set STEPCAL_DATA to a folder with them."
         )
-    early = experiment.requests.iloc[: int(np.rint(STUDY_FRACTIONS[0] * len(experiment.requests)))]
+    early = experiment.requests.iloc[: split_starts(len(experiment.requests))[0]]
     return early[~early["has_error"]]

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from stepcal.datasets import measured
 from stepcal.datasets.lifecycle import WHOLE_RUN
-from stepcal.datasets.splits import STUDY_FRACTIONS
+from stepcal.datasets.splits import STUDY_FRACTIONS, split_starts
 from stepcal.experiments.experiment import Experiment
 from stepcal.simulator import SimulationResult
 from stepcal.units import MS_PER_S, US_PER_S, BoolArray, FloatArray
@@ -47,8 +47,8 @@ def latency_table(
         ``failed``), `statistic` (mean, p50, p90, p99, count), `value`; NaN where no request of a split completed.
     """
     n = len(e2e_s)
-    first_test = int(np.rint(fractions[0] * n)) + int(np.rint(fractions[1] * n))
-    splits: dict[str, BoolArray] = {WHOLE: np.ones(n, dtype=bool), TEST: np.arange(n) >= first_test}
+    in_test = np.arange(n) >= split_starts(n, fractions)[1]
+    splits: dict[str, BoolArray] = {WHOLE: np.ones(n, dtype=bool), TEST: in_test}
     splits |= {f"stage {s}": stage == s for s in np.unique(stage)} if len(np.unique(stage)) > 1 else {}
     tpot_s = (e2e_s - ttft_s) / max(output_tokens - 1, 1)
     rows = []

@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
-from stepcal.datasets.splits import STUDY_FRACTIONS
+from stepcal.datasets.splits import split_starts
 from stepcal.errors import InputError
 from stepcal.reconstruction.prefix_cache import known_or_typical_length, prefill_tokens, text_of_request
 from stepcal.reconstruction.timed_out import fill_in_failed
@@ -331,10 +331,11 @@ def _one_run(lives: pd.DataFrame, weighting: str) -> pd.DataFrame:
 def _temporal_split(lives: pd.DataFrame) -> NDArray[np.object_]:
     """Split of each request of one run, in order of arrival."""
     n = len(lives)
-    n_train, n_valid = int(np.rint(STUDY_FRACTIONS[0] * n)), int(np.rint(STUDY_FRACTIONS[1] * n))
-    split = np.repeat(np.array([TRAIN, VALID, TEST], dtype=object), [n_train, n_valid, n - n_train - n_valid])
-    if n_train < n:
-        boundary = lives["arrival_us"].to_numpy()[n_train]
+    first_valid, first_test = split_starts(n)
+    parts = [first_valid, first_test - first_valid, n - first_test]
+    split = np.repeat(np.array([TRAIN, VALID, TEST], dtype=object), parts)
+    if first_valid < n:
+        boundary = lives["arrival_us"].to_numpy()[first_valid]
         split[(split == TRAIN) & (lives["end_us"].to_numpy() > boundary)] = IN_FLIGHT
     return split
 

@@ -14,7 +14,7 @@ import pandas as pd
 
 from stepcal.calibration.closed_loop import Run
 from stepcal.calibration.training_rows import RequestLevel
-from stepcal.datasets.splits import STUDY_FRACTIONS
+from stepcal.datasets.splits import split_starts
 from stepcal.errors import InputError
 from stepcal.experiments.experiment import Experiment
 from stepcal.simulator import CompiledStepTime, simulate
@@ -147,8 +147,7 @@ def split_errors(run: Run, e2e_s: FloatArray, ttft_s: FloatArray) -> dict[str, d
     if table is None:
         raise InputError(f"The requests of `{run.experiment.experiment_id}` are not at hand. Set STEPCAL_DATA.")
     n = len(table)
-    first_valid, n_valid = (int(np.rint(share * n)) for share in STUDY_FRACTIONS)
-    place, first_test = np.arange(n), first_valid + n_valid
+    place, (first_valid, first_test) = np.arange(n), split_starts(n)
     splits = {
         TRAIN: place < first_valid,
         VALID: (place >= first_valid) & (place < first_test),

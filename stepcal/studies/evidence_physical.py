@@ -18,7 +18,7 @@ import pandas as pd
 from stepcal.calibration.closed_loop import Run, calibrate, prepare_runs, run_latencies_s
 from stepcal.calibration.training_rows import RequestLevel, step_features
 from stepcal.datasets import load_stages
-from stepcal.datasets.splits import STUDY_FRACTIONS
+from stepcal.datasets.splits import split_starts
 from stepcal.evaluation.evaluate import evaluate
 from stepcal.evaluation.step_errors import FEWEST_STEPS_FOR_R, POOLED
 from stepcal.experiments.experiment import Experiment
@@ -204,9 +204,8 @@ def closed_loop_intervals(runs: list[Run], values: Mapping[str, float]) -> pd.Da
             continue
         e2e, ttft = run_latencies_s(run, values)
         known = (table["e2e_s"] - table["ttft_s"]).to_numpy(dtype=float)
-        n = len(table)
-        first = int(np.rint(STUDY_FRACTIONS[0] * n)) + int(np.rint(STUDY_FRACTIONS[1] * n))
-        measured = ~table["has_error"].to_numpy(dtype=bool) & (np.arange(n) >= first)
+        in_test = np.arange(len(table)) >= split_starts(len(table))[1]
+        measured = ~table["has_error"].to_numpy(dtype=bool) & in_test
         both = measured & ~np.isnan(e2e)
         errors = PERCENT * ((e2e - ttft)[both] / known[both] - 1.0)
         reason = "" if both.any() else NOTHING_COMPLETES if measured.any() else NO_TEST_REQUESTS
