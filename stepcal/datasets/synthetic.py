@@ -17,7 +17,7 @@ import pandas as pd
 from stepcal.datasets.facts import experiments, load_stages, measured, published_h1_per_experiment
 from stepcal.datasets.schemas import validate_steps
 from stepcal.errors import InputError
-from stepcal.units import FloatArray, IntArray
+from stepcal.units import US_PER_S, FloatArray, IntArray
 
 BASE_COST_US = 25.0
 """Scheduler's time for an empty batch, µs. From the public traces: medians at 1-10 running requests are 58-84 µs."""
@@ -76,7 +76,6 @@ PREEMPTIONS_PER_FULL_STEP = 0.02
 
 _NANOSECONDS_PER_MICROSECOND = 1_000
 _MICROSECONDS_PER_MILLISECOND = 1e3
-_MICROSECONDS_PER_SECOND = 1e6
 
 
 def simulated_step_rows(*, seed: int, n_steps: int | None = None) -> pd.DataFrame:
@@ -150,7 +149,7 @@ def _one_run(run: pd.Series, stages: pd.DataFrame, n_steps: int, rng: np.random.
     elapsed_us = np.cumsum(gaps * load.interval_us * rng.lognormal(0.0, INTERVAL_SIGMA, n_steps))
 
     running = _running_depth(load.level, run["max_num_seqs"], rng)
-    patience = PATIENCE_S * load.rate_per_us * _MICROSECONDS_PER_SECOND
+    patience = PATIENCE_S * load.rate_per_us * US_PER_S
     backlog = np.minimum(elapsed_us * (load.rate_per_us - load.served_per_us), patience)
     waiting = rng.poisson(backlog + load.served_per_step / 2)
     prefill_reqs, prefill_tokens = _prefills(run, load, running, rng)
@@ -188,8 +187,8 @@ def _one_run(run: pd.Series, stages: pd.DataFrame, n_steps: int, rng: np.random.
 def _load_of_rows(run: pd.Series, stages: pd.DataFrame, n_steps: int) -> _Load:
     decode_ms = (stages["e2e_ms"] - stages["ttft_ms"]).to_numpy()
     interval_us = decode_ms / (run["run_output_tokens"] - 1) * _MICROSECONDS_PER_MILLISECOND
-    rate = stages["requested_rate_per_s"].to_numpy() / _MICROSECONDS_PER_SECOND
-    served = np.where(run["overloaded"], stages["served_per_s"].to_numpy() / _MICROSECONDS_PER_SECOND, rate)
+    rate = stages["requested_rate_per_s"].to_numpy() / US_PER_S
+    served = np.where(run["overloaded"], stages["served_per_s"].to_numpy() / US_PER_S, rate)
     fits_in_kv = run["kv_blocks_total"] / _blocks_per_request(run)
     level = np.minimum(rate * decode_ms * _MICROSECONDS_PER_MILLISECOND, min(run["max_num_seqs"], fits_in_kv))
     share = np.cumsum(stages["duration_s"].to_numpy() / interval_us)

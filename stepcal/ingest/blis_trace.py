@@ -10,6 +10,7 @@ from pathlib import Path
 from stepcal.ingest.formats import Format, Options, Row, UnreadableError
 from stepcal.ingest.json_files import MALFORMED, rejected
 from stepcal.ingest.request_log import Request
+from stepcal.units import US_PER_S
 
 _NEEDED = (
     "input_tokens",
@@ -19,7 +20,6 @@ _NEEDED = (
     "first_chunk_time_us",
     "last_chunk_time_us",
 )
-_US_PER_S = 1e6
 _DONE = ("ok", "success", "completed", "200", "")
 
 
@@ -59,9 +59,9 @@ def _request(record: dict[str, str], row: int) -> Request:
         source_row=row,
         prompt_tokens=int(record["input_tokens"]),
         output_tokens=int(record["output_tokens"]),
-        sent_s=sent / _US_PER_S,
-        e2e_s=math.nan if failed else (last - sent) / _US_PER_S,
-        ttft_s=math.nan if failed else (first - sent) / _US_PER_S,
+        sent_s=sent / US_PER_S,
+        e2e_s=math.nan if failed else (last - sent) / US_PER_S,
+        ttft_s=math.nan if failed else (first - sent) / US_PER_S,
         error=status if failed else None,
         session_id=record.get("session_id") or None,
     )

@@ -12,10 +12,10 @@ from ijson.common import ObjectBuilder
 from stepcal.ingest.formats import Format, Options, Row, UnreadableError
 from stepcal.ingest.json_files import MALFORMED, events, number, number_or_nan, rejected, whole
 from stepcal.ingest.request_log import Request
+from stepcal.units import MS_PER_S
 
 _KINDS = ("successful", "errored", "incomplete")
 _PLACES = {f"benchmarks.item.requests.{kind}.item": kind for kind in _KINDS}
-_MS_PER_S = 1e3
 _VERSIONS = (1, 2)
 
 
@@ -75,7 +75,7 @@ def _request(content: dict[str, Any], kind: str, benchmark: int, row: int) -> Re
         output_tokens=_tokens(content, "output_tokens", failed),
         sent_s=number_or_nan(sent, "request_start"),
         e2e_s=e2e,
-        ttft_s=math.nan if failed else ttft_ms / _MS_PER_S,
+        ttft_s=math.nan if failed else ttft_ms / MS_PER_S,
         error=str(info.get("error") or kind) if failed else None,
         stage=benchmark,
         stream_events=events_seen,

@@ -19,12 +19,12 @@ import pyarrow.parquet as pq
 
 from stepcal.errors import InputError
 from stepcal.ingest.request_log import SCHEMA, Rejected, Request
+from stepcal.units import US_PER_S
 
 REQUESTS = "requests.parquet"
 REJECTED = "rejected.jsonl"
 _SPILL_ROWS = 16_384
 _WRITE_ROWS = 65_536
-_US_PER_S = 1e6
 _SPILL = pa.schema(
     [
         *(f for f in SCHEMA if f.name not in ("experiment_id", "index", "arrival_time_us")),
@@ -122,7 +122,7 @@ class RunWriter:
     def _write(self, spill: Any, order: np.ndarray, sent: np.ndarray) -> WrittenRun:
         start = float(sent[order[0]])
         has_arrivals = not math.isnan(start)
-        arrival_us = np.rint((sent - start) * _US_PER_S) if has_arrivals else None
+        arrival_us = np.rint((sent - start) * US_PER_S) if has_arrivals else None
         self._folder.mkdir(exist_ok=True)
         path = self._folder / REQUESTS
         temporary = self._scratch / f"{self.name}.{REQUESTS}"
@@ -138,7 +138,7 @@ class RunWriter:
                 has_ttft = has_ttft or bool((~np.isnan(part["ttft_s"].to_numpy())[~errors]).any())
                 stages = max(stages, int(part["stage"].to_numpy().max()) + 1)
                 if times is not None:
-                    ends = times / _US_PER_S + np.nan_to_num(part["e2e_s"].to_numpy())
+                    ends = times / US_PER_S + np.nan_to_num(part["e2e_s"].to_numpy())
                     end_s = max(end_s, float(ends.max()))
         parquet_sha256 = sha256_of(temporary)
         rejected_sha256 = self._write_rejected()

@@ -10,12 +10,12 @@ from stepcal.errors import InputError
 from stepcal.simulator.layout import Int32Array
 from stepcal.simulator.shared_prefix import Workload
 from stepcal.simulator.workload import RequestList
+from stepcal.units import US_PER_S
 
 if TYPE_CHECKING:
     import pandas as pd
 
 REQUIRED_COLUMNS = ("index", "arrival_time_us", "prompt_tokens", "output_tokens")
-_US_PER_S = 1e6
 
 
 def replay_requests(table: pd.DataFrame, workload: Workload | None = None) -> RequestList:
@@ -52,7 +52,7 @@ def replay_requests(table: pd.DataFrame, workload: Workload | None = None) -> Re
     if "experiment_id" in table.columns and table["experiment_id"].nunique() > 1:
         raise InputError("The request table holds several experiments; filter it to one `experiment_id`.")
     index = table["index"].to_numpy(np.int64)
-    arrival_s = table["arrival_time_us"].to_numpy(np.float64) / _US_PER_S
+    arrival_s = table["arrival_time_us"].to_numpy(np.float64) / US_PER_S
     has_error = table["has_error"].to_numpy(bool) if "has_error" in table.columns else np.zeros(index.size, bool)
     prompt_tokens = table["prompt_tokens"].to_numpy(np.int32)
     has_no_length = (prompt_tokens < 1) & ~has_error
@@ -132,7 +132,7 @@ def replay_trace(table: pd.DataFrame, *, block_tokens: int = 512) -> RequestList
     RequestList
     """
     index = table["index"].to_numpy(np.int64)
-    arrival_s = table["arrival_time_us"].to_numpy(np.float64) / _US_PER_S
+    arrival_s = table["arrival_time_us"].to_numpy(np.float64) / US_PER_S
     prompt_tokens = table["prompt_tokens"].to_numpy(np.int64)
     if "blocks" not in table.columns:
         no_error = np.zeros(index.size, bool)

@@ -12,14 +12,13 @@ from stepcal.simulator import layout as at
 from stepcal.simulator.clock import gap_bin_centres
 from stepcal.simulator.step_record import StepRows
 from stepcal.simulator.workload import RequestList
-from stepcal.units import FloatArray, IntArray
+from stepcal.units import US_PER_MS, US_PER_S, FloatArray, IntArray
 
 if TYPE_CHECKING:
     import pandas as pd
     import pyarrow as pa
 
 _QUANTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
-_US_PER_MS, _US_PER_S = 1e3, 1e6
 
 Summary = dict[str, Any]
 
@@ -81,18 +80,18 @@ class SimulationResult:
             {
                 "index": np.arange(len(self.requests)) if self.requests.index is None else self.requests.index,
                 "stage": 0 if self.requests.stage is None else self.requests.stage,
-                "arrival_s": self.sent_us / _US_PER_S,
-                "first_scheduled_s": rows["first_scheduled_us"] / _US_PER_S,
-                "first_token_s": (rows["first_token_us"] + self.api_after_us) / _US_PER_S,
-                "finish_s": (rows["finish_us"] + np.where(self.is_finished, self.api_after_us, 0.0)) / _US_PER_S,
+                "arrival_s": self.sent_us / US_PER_S,
+                "first_scheduled_s": rows["first_scheduled_us"] / US_PER_S,
+                "first_token_s": (rows["first_token_us"] + self.api_after_us) / US_PER_S,
+                "finish_s": (rows["finish_us"] + np.where(self.is_finished, self.api_after_us, 0.0)) / US_PER_S,
                 "status": status,
                 "prompt_tokens": rows["prompt_tokens"],
                 "output_tokens": rows["output_tokens"],
                 "generated_tokens": rows["generated_tokens"],
                 "cached_tokens": rows["cached_tokens"],
                 "preemptions": rows["preemptions"],
-                "e2e_s": self.e2e_us() / _US_PER_S,
-                "ttft_s": self.ttft_us() / _US_PER_S,
+                "e2e_s": self.e2e_us() / US_PER_S,
+                "ttft_s": self.ttft_us() / US_PER_S,
             },
             copy=False,
         )
@@ -145,11 +144,11 @@ class SimulationResult:
             "requests": n,
             "completed": n_finished,
             "failed": n - n_finished,
-            "e2e_ms": _quantiles(e2e / _US_PER_MS),
-            "ttft_ms": _quantiles(ttft / _US_PER_MS),
+            "e2e_ms": _quantiles(e2e / US_PER_MS),
+            "ttft_ms": _quantiles(ttft / US_PER_MS),
             "itl_ms": _gap_quantiles(self.gap_counts[stages].sum(axis=0), float(self.gap_sums[stages].sum())),
-            "tpot_ms": _quantiles(tpot / _US_PER_MS),
-            "requests_per_s": float(n_finished / span_us * _US_PER_S) if span_us > 0.0 else None,
+            "tpot_ms": _quantiles(tpot / US_PER_MS),
+            "requests_per_s": float(n_finished / span_us * US_PER_S) if span_us > 0.0 else None,
         }
 
 
@@ -166,9 +165,9 @@ def _gap_quantiles(counts: IntArray, total_us: float) -> dict[str, float | None]
     if n == 0:
         return dict.fromkeys(("mean", *_QUANTILES))
     ends = np.cumsum(counts)
-    centres = gap_bin_centres() / _US_PER_MS
+    centres = gap_bin_centres() / US_PER_MS
     ranks = {name: int(np.searchsorted(ends, q * n)) for name, q in _QUANTILES.items()}
     return {
-        "mean": total_us / n / _US_PER_MS,
+        "mean": total_us / n / US_PER_MS,
         **{name: float(centres[min(i, centres.size - 1)]) for name, i in ranks.items()},
     }
