@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from stepcal.cli.output import Json, emit, progress_options, say
 from stepcal.files import refuse_unwritable
+
+if TYPE_CHECKING:
+    from stepcal.cli.simulate import SimulateOptions
 
 
 def simulate(
@@ -122,10 +125,8 @@ def simulate(
     Example: stepcal simulate --architecture config.json --tp 2 --kv-blocks 26602 --workload profile.yaml
     --coefficients default --json -
     """
-    from tqdm import tqdm
-
     from stepcal.cli.served_load import LoadOptions
-    from stepcal.cli.simulate import SimulateOptions, run_simulation, summary_text
+    from stepcal.cli.simulate import SimulateOptions
     from stepcal.simulator import ServerConfig
     from stepcal.simulator.config import check_block_size
     from stepcal.simulator.versions import NEWEST, version_note
@@ -176,6 +177,14 @@ def simulate(
         steps_fraction=steps_fraction,
         sampling=sampling,
     )
+    _run(options, json_out)
+
+
+def _run(options: SimulateOptions, json_out: str | None) -> None:
+    from tqdm import tqdm
+
+    from stepcal.cli.simulate import run_simulation, summary_text
+
     with tqdm(unit=" requests", unit_scale=True, **progress_options()) as bar:
 
         def show(ended: int, total: int) -> None:
