@@ -540,9 +540,9 @@ def play_timed(scenario: dict, model_dir: str) -> dict:
             first_scheduled_us.setdefault(index, start_us)
 
     def abort_due(*, in_flight: bool) -> None:
-        for request in requests:
-            is_due = request["abort_us"] is not None and request["abort_us"] <= device.now_us
-            if is_due and player.abort(request["index"], in_flight=in_flight):
+        due = [r for r in requests if r["abort_us"] is not None and r["abort_us"] <= device.now_us]
+        for request in sorted(due, key=lambda r: (r["abort_us"], r["index"])):
+            if player.abort(request["index"], in_flight=in_flight):
                 finish_us[request["index"]] = device.now_us
 
     device.duration_us = duration_us

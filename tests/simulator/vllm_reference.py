@@ -492,7 +492,10 @@ class Clock:
         return due
 
     def aborts_between_steps(self) -> list[int]:
-        return [index for index, abort_us in self.abort_us.items() if abort_us <= self.now_us]
+        # In the order in which the clients gave up.
+        return [
+            i for i, _ in sorted(self.abort_us.items(), key=lambda a: (a[1], a[0])) if self.abort_us[i] <= self.now_us
+        ]
 
     def aborts_in_flight(self, step: Step) -> list[int]:
         # What arrived during the step is aborted before its output is processed: the output comes too late.
