@@ -24,9 +24,9 @@ ELSEWHERE = Load((LoadStage(9.0, 100.0),))
 DRAWS_PREDICTED = 40
 
 
-def one(seed: int) -> dict[str, tuple[bool, bool]]:
+def one(seed: int, name: str) -> dict[str, tuple[bool, bool]]:
     """Whether each interval holds its truth, and whether the data determine the parameter."""
-    prior, parameters = prior_of("default")
+    prior, parameters = prior_of(name)
     deployment = deployment_from(DEMO_SERVER).deployment
     rng = np.random.Generator(np.random.PCG64([seed, 7]))
     truth = {}
@@ -57,10 +57,11 @@ def one(seed: int) -> dict[str, tuple[bool, bool]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=200)
+    parser.add_argument("--prior", default="default")
     parser.add_argument("--jobs", type=int, default=1)
     arguments = parser.parse_args()
     found: dict[str, list[tuple[bool, bool]]] = defaultdict(list)
-    for row in Parallel(n_jobs=arguments.jobs)(delayed(one)(seed) for seed in range(arguments.seeds)):
+    for row in Parallel(n_jobs=arguments.jobs)(delayed(one)(seed, arguments.prior) for seed in range(arguments.seeds)):
         for name, pair in row.items():
             found[name].append(pair)
     every = [inside for name, pairs in found.items() if "E2E" not in name for inside, _ in pairs]

@@ -248,36 +248,62 @@ def calibrate_server(
     relevant = parameters_that_act(
         [log.deployment for log in logs], prior, parameters, has_api=any(not log.is_engine_side for log in logs)
     )
+    problem = _Problem(logs, blocks, prior, tuple(relevant), workers)
     start = np.log([prior.values[p.name] for p in relevant])
-    spread = np.array([p.prior_log_sd for p in relevant])
-    names = [p.name for p in relevant]
-
-    def data(x: FloatArray) -> FloatArray:
-        values = dict(zip(names, np.exp(x).tolist(), strict=True))
-        return residuals(logs, blocks, with_values(prior, values), workers=workers)
-
-    def jacobian(x: FloatArray) -> FloatArray:
-        sizes = np.minimum(DIFFERENCE_STEP, spread / 2)
-        pairs = [(data(x + row), data(x - row), 2 * row.max()) for row in np.diag(sizes)]
-        return np.column_stack([(up - down) / width for up, down, width in pairs])
-
-    fitted = _fit(data, jacobian, start, spread, relevant)
-    final = data(fitted)
+    fitted = _fit(problem.residuals, problem.jacobian, start, problem.spread, relevant)
+    final = problem.residuals(fitted)
     inflation = max(1.0, float(final @ final) / len(final))
     wider = float(np.sqrt(inflation))
-    belief = Belief.of(relevant, start)
-    draws = draw(belief, lambda x: data(x) / wider, fitted, final / wider, jacobian(fitted) / wider, seed=seed)
-    shrinkage = dict(zip(names, (draws.std(axis=0) / spread).tolist(), strict=True))
+    draws = draw(
+        Belief.of(relevant, start),
+        lambda x: problem.residuals(x) / wider,
+        fitted,
+        final / wider,
+        problem.jacobian(fitted) / wider,
+        seed=seed,
+    )
+    shrinkage = dict(zip(problem.names, (draws.std(axis=0) / problem.spread).tolist(), strict=True))
     return ServerCalibration(
-        coefficients=with_values(prior, dict(zip(names, np.exp(fitted).tolist(), strict=True))),
+        coefficients=with_values(prior, problem.values(fitted)),
         parameters=tuple(relevant),
-        determined=tuple(n for n in names if shrinkage[n] < DETERMINED_SHRINKAGE),
+        determined=tuple(n for n in problem.names if shrinkage[n] < DETERMINED_SHRINKAGE),
         draws=draws,
         shrinkage=shrinkage,
         residual_log_sd=_residual_log_sd(blocks, final),
         inflation=inflation,
         n_blocks=len(blocks),
     )
+
+
+@dataclass(frozen=True)
+class _Problem:
+    """What the optimiser sees: whitened residuals by the logarithms of the parameters that act."""
+
+    logs: Sequence[ServedLog]
+    blocks: Sequence[Block]
+    prior: StepTimeModel
+    parameters: tuple[LearnedParameter, ...]
+    workers: int
+
+    @property
+    def names(self) -> list[str]:
+        return [p.name for p in self.parameters]
+
+    @property
+    def spread(self) -> FloatArray:
+        return np.array([p.prior_log_sd for p in self.parameters], dtype=np.float64)
+
+    def values(self, x: FloatArray) -> dict[str, float]:
+        return dict(zip(self.names, np.exp(x).tolist(), strict=True))
+
+    def residuals(self, x: FloatArray) -> FloatArray:
+        return residuals(self.logs, self.blocks, with_values(self.prior, self.values(x)), workers=self.workers)
+
+    def jacobian(self, x: FloatArray) -> FloatArray:
+        """Central differences, wide enough for what a simulation jitters."""
+        sizes = np.minimum(DIFFERENCE_STEP, self.spread / 2)
+        pairs = [(self.residuals(x + row), self.residuals(x - row), 2 * row.max()) for row in np.diag(sizes)]
+        return np.column_stack([(up - down) / width for up, down, width in pairs])
 
 
 def parameters_that_act(

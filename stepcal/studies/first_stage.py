@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import json
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -116,8 +117,9 @@ def first_stage_summary(table: pd.DataFrame, sets: Sequence[str] = (SIXTEEN, THI
 
 
 def main() -> int:
-    """Print the tables as JSON."""
-    table = first_stage_table(load_requests() if have_traces() else None)
+    """Print the tables; an argument names other coefficients than the default as prior."""
+    prior = sys.argv[1] if len(sys.argv) > 1 else DEFAULT
+    table = first_stage_table(load_requests() if have_traces() else None, prior=prior)
     print(table.round(2).to_string())
     print(json.dumps(first_stage_summary(table).round(2).to_dict("records"), indent=1))
     return 0
