@@ -126,9 +126,21 @@ def read_settings(run: Path) -> Settings:
     InputError
         If it is absent, no YAML, or no mapping.
     """
+    as_written = settings_as_written(run)
+    values, notes = flags_of(as_written.values, as_written.path)
+    return Settings(as_written.path, values, tuple(notes))
+
+
+def settings_as_written(run: Path) -> Settings:
+    """Read the same file without asking whether its flags are modelled, as `read_settings` does.
+
+    Raises
+    ------
+    InputError
+        If it is absent, no YAML, or no mapping.
+    """
     path = next((run / name for name in CONFIG_NAMES if (run / name).is_file()), run / CONFIG_NAMES[0])
-    values, notes = flags_of(read_yaml(path, what="file of settings"), path)
-    return Settings(path, values, tuple(notes))
+    return Settings(path, read_yaml(path, what="file of settings"), ())
 
 
 def accelerator_of(settings: Settings, default: str | None) -> tuple[Accelerator, list[str]]:

@@ -29,6 +29,7 @@ from stepcal.experiments.engine_args import (
     read_settings,
     served_architecture,
     server_of,
+    settings_as_written,
     tensor_parallel_of,
 )
 from stepcal.experiments.experiment import CLIENT_TIMEOUT_S, Experiment
@@ -150,7 +151,7 @@ def read_supported_runs(
         try:
             cases.append(_read_run(run, folder, accelerator, kv_offloading_gib, shared))
         except NotModelledError as error:
-            gpu = accelerator_of(read_settings(run), accelerator)[0]
+            gpu = accelerator_of(settings_as_written(run), accelerator)[0]
             refused.append(RefusedRun(_name(run), gpu.name, str(error)))
     return cases, refused
 
