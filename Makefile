@@ -24,7 +24,7 @@ export OPENBLAS_NUM_THREADS := 1
 export OMP_NUM_THREADS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup report test fuzz lab hooks data record lock clean
+.PHONY: help setup report test fuzz lab hooks data record kernels lock clean
 
 help: ## show this list
 	@echo "stepcal: how long does one step of an LLM server take?"

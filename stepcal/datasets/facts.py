@@ -34,6 +34,7 @@ TABLES: dict[str, pa.DataFrameSchema] = {
     "sources.csv": fact_schemas.SOURCES,
     "hardware/accelerators.csv": fact_schemas.ACCELERATORS,
     "hardware/silicon.csv": transfer_schemas.SILICON,
+    "hardware/silicon_peer.csv": transfer_schemas.SILICON_PEER,
     "transfer/runs.csv": transfer_schemas.RUNS,
     "transfer/measured.csv": transfer_schemas.MEASURED,
     "transfer/peers.csv": transfer_schemas.PEERS,

@@ -86,3 +86,19 @@ SILICON = pa.DataFrameSchema(
     unique=["row"],
     name="silicon rows",
 )
+SILICON_PEER = pa.DataFrameSchema(
+    {
+        "row": text("Row of hardware/silicon.csv."),
+        "aiconfigurator_version": text("Version of AIConfigurator."),
+        "tables_version": text(
+            "Version of vLLM whose kernel tables it used; empty where it gives no estimate.", nullable=True
+        ),
+        "ttft_ms": number(
+            "Its estimate of the time to first token; empty where it gives none.", "ms", above=0, nullable=True
+        ),
+        "tpot_ms": number("Its estimate of the time per output token.", "ms", above=0, nullable=True),
+        "reason": text("Why it gives none.", nullable=True),
+    },
+    unique=["row"],
+    name="silicon rows, peer",
+)

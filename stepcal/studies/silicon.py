@@ -146,6 +146,28 @@ def summary(rows: pd.DataFrame) -> pd.DataFrame:
     return table.reset_index()
 
 
+def beside_peer(rows: pd.DataFrame) -> pd.DataFrame:
+    """Return our errors beside AIConfigurator's (``tools/compare_silicon.py``) on the rows that both predict.
+
+    Returns
+    -------
+    DataFrame
+        `model`, `gpu`, `precision`, `rows`, `both` (rows that both predict), then mean absolute errors in percent: `tpot`,
+        `peer_tpot`, `ttft`, `peer_ttft`.
+    """
+    peer = shipped_table("hardware/silicon_peer.csv")[["row", "ttft_ms", "tpot_ms"]]
+    table = rows.merge(peer, on="row", how="left", suffixes=("", "_of_peer"))
+    shared = (table["reason"] == "") & table["tpot_ms_of_peer"].notna()
+    columns = {"tpot": table["tpot_error_percent"].abs(), "ttft": table["ttft_error_percent"].abs()}
+    for name in ("ttft", "tpot"):
+        error = PERCENT * (table[f"{name}_ms_of_peer"] / table[f"{name}_ms"] - 1.0)
+        columns[f"peer_{name}"] = error.abs()
+    table = table.assign(both=shared, **{name: values.where(shared) for name, values in columns.items()})
+    grouped = table.groupby(["model", "gpu", "precision"])
+    means = grouped[["tpot", "peer_tpot", "ttft", "peer_ttft"]].mean()
+    return pd.concat([grouped["both"].agg(rows="size", both="sum"), means], axis=1).reset_index()
+
+
 def silicon_rows_that_ship() -> pd.DataFrame:
     """Return ``hardware/silicon.csv``, with no reason where a row is not suspect."""
     table = shipped_table("hardware/silicon.csv")

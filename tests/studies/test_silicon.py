@@ -2,7 +2,9 @@
 
 import numpy as np
 import pytest
+from loaded_tools import load_tool
 
+from stepcal.datasets.facts import shipped_table
 from stepcal.kernels.silicon import active_parameters, suspicion
 from stepcal.specs.hardware import load_accelerator
 from stepcal.studies import registry as studies
@@ -64,3 +66,25 @@ def test_recorded_rows_are_what_is_computed_today(rows):
     some = [0, 50, 150, 250, 328]
     again = silicon.run_silicon(rows.iloc[some])[0]["rows"]
     assert np.allclose(again["predicted_tpot_ms"], recorded["predicted_tpot_ms"].iloc[some], rtol=1e-6)
+
+
+def test_both_are_judged_on_the_rows_that_both_predict():
+    recorded = studies.load_study(studies.SILICON)["rows"]
+    beside = silicon.beside_peer(recorded).set_index(["model", "gpu"])
+    peer = shipped_table("hardware/silicon_peer.csv").set_index("row")
+    own = recorded.set_index("row")
+    both = own[
+        (own["model"] == "llama-3.1-70b") & (own["gpu"] == "h100-sxm") & peer["tpot_ms"].reindex(own.index).notna()
+    ]
+    error = 100 * (peer["tpot_ms"].loc[both.index] / both["tpot_ms"] - 1)
+    line = beside.loc[("llama-3.1-70b", "h100-sxm")]
+    assert line["both"] == len(both) < line["rows"]
+    assert line["peer_tpot"] == pytest.approx(error.abs().mean())
+    assert line["tpot"] == pytest.approx(both["tpot_error_percent"].abs().mean())
+
+
+def test_the_peer_is_asked_what_the_row_says(rows):
+    arguments = load_tool("compare_silicon").arguments_of(
+        {name: str(value) for name, value in rows.query("model == 'llama-3.1-70b'").iloc[0].items()}
+    )
+    assert (arguments["backend_name"], arguments["gemm_quant_mode"], arguments["mode"]) == ("vllm", "fp8", "agg")
