@@ -81,7 +81,7 @@ def test_no_number_is_glued_inside_a_formula():
             assert not [f for f in formulas if "glue:" in f], notebook.name
 
 
-HIDDEN = re.compile(r'<(script|style|pre|code|title)\b.*?</\1>|<(span|div) class="math.*?</\2>', re.DOTALL)
+HIDDEN = re.compile(r'<(script|style|pre|code|title|svg)\b.*?</\1>|<(span|div) class="math.*?</\2>', re.DOTALL)
 RAW = re.compile(r"\{?glue:[^<]{0,60}|\$[^$<]{1,60}\$|\\(?:frac|mathrm|text)\{")
 
 
