@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from stepcal.evaluation.evaluate import evaluate
     from stepcal.evaluation.verdict import judge
     from stepcal.experiments.experiment import Experiment
-    from stepcal.simulator.shared_prefix import Workload
+    from stepcal.simulator.load.shared_prefix import Workload
     from stepcal.specs.architecture import ModelArchitecture
     from stepcal.specs.deployment import Deployment
     from stepcal.specs.hardware import Accelerator
@@ -40,7 +40,7 @@ _HOMES = {
     "Experiment": "stepcal.experiments.experiment:Experiment",
     "ModelArchitecture": "stepcal.specs.architecture:ModelArchitecture",
     "StepTimeModel": "stepcal.step_time.coefficients:StepTimeModel",
-    "Workload": "stepcal.simulator.shared_prefix:Workload",
+    "Workload": "stepcal.simulator.load.shared_prefix:Workload",
     "calibrate": "stepcal.calibration.from_experiments:calibrate",
     "evaluate": "stepcal.evaluation.evaluate:evaluate",
     "judge": "stepcal.evaluation.verdict:judge",

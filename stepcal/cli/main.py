@@ -200,7 +200,7 @@ def record(
     interval, or of the last place that a page shows. The largest difference is printed in units of that.
     Examples: stepcal record --check; stepcal record h2 end_to_end
     """
-    from stepcal.studies.record_all import check_all, record_all
+    from stepcal.studies.results.record_all import check_all, record_all
 
     if not check:
         for path in record_all(data, only=studies or ()):

@@ -43,8 +43,8 @@ from stepcal.report.printing import print_book
 from stepcal.report.progress import BuildProgress
 from stepcal.report.rendering import render
 from stepcal.report.swap import only_builder, recover, take_place
-from stepcal.studies.provenance import MEASURED
 from stepcal.studies.registry import SOURCES, STUDIES
+from stepcal.studies.results.provenance import MEASURED
 
 UNUSED_DAYS = 30
 """Executed pages that no build asked for in so many days are forgotten."""

@@ -14,8 +14,8 @@ from matplotlib.figure import Figure
 from myst_nb import glue
 
 from stepcal.evaluation.verdict import Verdict
-from stepcal.report.theme import Drawn, to_svg
-from stepcal.studies.provenance import MEASURED, SIMULATED, Provenance
+from stepcal.report.figures.theme import Drawn, to_svg
+from stepcal.studies.results.provenance import MEASURED, SIMULATED, Provenance
 from stepcal.studies.study import Study
 from stepcal.studies.summary import Badge
 
@@ -86,7 +86,7 @@ def show_figure(figure: Drawn | Figure, caption: str, alt: str) -> HTML:
     Parameters
     ----------
     figure : Drawn or Figure
-        At both widths, from a function of `stepcal.report.plots`; a plain figure is shown at one.
+        At both widths, from a function of `stepcal.report.figures.plots`; a plain figure is shown at one.
     caption : str
         What to see in it.
     alt : str

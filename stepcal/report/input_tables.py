@@ -11,7 +11,7 @@ from pathlib import Path
 
 from stepcal.datasets.request_traces import DATE_TIME, FORMATS
 from stepcal.experiments.vllm_flags import ACTING, NOTED, REFUSED
-from stepcal.simulator.inference_perf_fields import FIELDS, FIXED
+from stepcal.simulator.load.inference_perf_fields import FIELDS, FIXED
 from stepcal.specs.config_keys import MUST_BE_OFF, REFUSED_TYPES
 from stepcal.specs.model_types import MODEL_TYPES, MULTIMODAL_TYPES
 

@@ -3,17 +3,17 @@
 It knows nothing of fits, architectures or plots: `simulate` takes a `RequestList`, a `ServerConfig` and a step time.
 """
 
-from stepcal.simulator.arrivals import LoadStage, empirical_lengths, fixed_lengths, generate_arrivals
-from stepcal.simulator.clients import Clients, stage_starts
 from stepcal.simulator.config import KvGroup, ServerConfig
-from stepcal.simulator.conversations import make_conversations
 from stepcal.simulator.engine import SimulationInterrupted, simulate
-from stepcal.simulator.inference_perf import read_workload
-from stepcal.simulator.replay import replay_requests, replay_trace
+from stepcal.simulator.load.arrivals import LoadStage, empirical_lengths, fixed_lengths, generate_arrivals
+from stepcal.simulator.load.clients import Clients, stage_starts
+from stepcal.simulator.load.conversations import make_conversations
+from stepcal.simulator.load.inference_perf import read_workload
+from stepcal.simulator.load.replay import replay_requests, replay_trace
+from stepcal.simulator.load.shared_prefix import Workload
+from stepcal.simulator.load.workload import RequestList, make_requests
 from stepcal.simulator.result import SimulationResult
-from stepcal.simulator.shared_prefix import Workload
 from stepcal.simulator.steptime import CompiledStepTime, StepBatch, StepTime
-from stepcal.simulator.workload import RequestList, make_requests
 
 __all__ = [
     "Clients",

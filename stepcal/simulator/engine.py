@@ -12,7 +12,6 @@ import numpy as np
 
 from stepcal.errors import InputError, StepcalError
 from stepcal.simulator import layout as at
-from stepcal.simulator.clients import Clients
 from stepcal.simulator.config import ServerConfig
 from stepcal.simulator.kernel import compile_advance
 from stepcal.simulator.lay_out import (
@@ -24,10 +23,11 @@ from stepcal.simulator.lay_out import (
     prefixes_of,
 )
 from stepcal.simulator.layout import Times
+from stepcal.simulator.load.clients import Clients
+from stepcal.simulator.load.workload import RequestList
 from stepcal.simulator.result import SimulationResult
 from stepcal.simulator.step_record import StepRecorder
 from stepcal.simulator.steptime import CompiledStepTime, StepTime, add_components, dummy_times
-from stepcal.simulator.workload import RequestList
 from stepcal.units import US_PER_S
 
 # Rounds of the compiled loop between two looks at the progress bar and at Ctrl-C; well below a second.

@@ -6,11 +6,11 @@ import numpy as np
 
 from stepcal.errors import InputError
 from stepcal.simulator import layout as at
-from stepcal.simulator.clients import Clients
 from stepcal.simulator.config import KV_KINDS, ServerConfig
 from stepcal.simulator.layout import Int32Array, Limits, Pool, Requests, Slots, State
+from stepcal.simulator.load.clients import Clients
+from stepcal.simulator.load.workload import RequestList
 from stepcal.simulator.prefix import PrefixTable, find_shared_prefixes, no_prefixes
-from stepcal.simulator.workload import RequestList
 from stepcal.units import US_PER_S
 
 

@@ -10,8 +10,8 @@ import numpy as np
 from stepcal.errors import InputError
 from stepcal.simulator import layout as at
 from stepcal.simulator.clock import gap_bin_centres
+from stepcal.simulator.load.workload import RequestList
 from stepcal.simulator.step_record import StepRows
-from stepcal.simulator.workload import RequestList
 from stepcal.units import US_PER_MS, US_PER_S, FloatArray, IntArray
 
 if TYPE_CHECKING:

@@ -25,7 +25,7 @@ from stepcal.reconstruction.timeline import decode_intervals
 from stepcal.step_time.coefficients import frozen_values
 from stepcal.step_time.physical_parameters import API_PARAMETERS, PARAMETERS, priors
 from stepcal.studies.ablation_scores import Fitted, choose, errors_of, summarise
-from stepcal.studies.controlled import sums_against_requests
+from stepcal.studies.diagnosis.controlled import sums_against_requests
 from stepcal.studies.model_forms import FORMS, PHASES, compare_forms, fit_form
 from stepcal.studies.published_runs import load_experiments
 from stepcal.units import MS_PER_S, BoolArray, FloatArray

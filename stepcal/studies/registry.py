@@ -27,9 +27,9 @@ from stepcal.datasets.catalogue import trace_files, traces_folder
 from stepcal.datasets.splits import select_experiments
 from stepcal.errors import InputError, MissingDataError
 from stepcal.studies import runs
-from stepcal.studies.provenance import MEASURED, RECORDED, SIMULATED, Provenance
-from stepcal.studies.records import read_recorded, record_exists
-from stepcal.studies.result_cache import cached_study, result_key
+from stepcal.studies.results.provenance import MEASURED, RECORDED, SIMULATED, Provenance
+from stepcal.studies.results.records import read_recorded, record_exists
+from stepcal.studies.results.result_cache import cached_study, result_key
 from stepcal.studies.study import Study, StudyKind
 
 SOURCES = (MEASURED, SIMULATED)
@@ -81,7 +81,7 @@ def load_study(
 ) -> Study:
     """Run a study on measured or simulated rows, or read its recording where the traces are missing.
 
-    What was computed is kept in the user's cache (`stepcal.studies.result_cache`).
+    What was computed is kept in the user's cache (`stepcal.studies.results.result_cache`).
 
     Parameters
     ----------

@@ -42,7 +42,7 @@ def end_to_end(steps: pd.DataFrame, requests: pd.DataFrame, **options: Any) -> T
 def label_audit(steps: pd.DataFrame, requests: pd.DataFrame, predictions: pd.DataFrame) -> TablesAndTexts:
     """What the label measures."""
     from stepcal.datasets import experiments, load_stages
-    from stepcal.studies.label_audit import run_label_audit
+    from stepcal.studies.diagnosis.label_audit import run_label_audit
 
     return run_label_audit(steps, requests, predictions, experiments(), load_stages())
 
@@ -50,7 +50,7 @@ def label_audit(steps: pd.DataFrame, requests: pd.DataFrame, predictions: pd.Dat
 def reconstruction(steps: pd.DataFrame, requests: pd.DataFrame) -> TablesAndTexts:
     """Batches rebuilt from requests."""
     from stepcal.datasets import experiments
-    from stepcal.studies.batch_reconstruction import run_reconstruction
+    from stepcal.studies.diagnosis.batch_reconstruction import run_reconstruction
 
     return run_reconstruction(steps, requests, experiments())
 
@@ -58,14 +58,14 @@ def reconstruction(steps: pd.DataFrame, requests: pd.DataFrame) -> TablesAndText
 def offloading(steps: pd.DataFrame, requests: pd.DataFrame, predictions: pd.DataFrame) -> TablesAndTexts:
     """KV offloading as the cause of the label's milliseconds."""
     from stepcal.datasets import experiments
-    from stepcal.studies.kv_offloading import run_offloading
+    from stepcal.studies.diagnosis.kv_offloading import run_offloading
 
     return run_offloading(steps, requests, predictions, experiments())
 
 
 def attribution(steps: pd.DataFrame, requests: pd.DataFrame, **options: Any) -> TablesAndTexts:
     """What the label is worth, and what physics is."""
-    from stepcal.studies.attribution import run_attribution
+    from stepcal.studies.diagnosis.attribution import run_attribution
 
     return run_attribution(steps, requests, **options)
 
@@ -95,41 +95,41 @@ def ablations(steps: pd.DataFrame, requests: pd.DataFrame, **options: Any) -> Ta
 
 def transfer(runs: pd.DataFrame, measured: pd.DataFrame) -> TablesAndTexts:
     """Runs that came after its freeze."""
-    from stepcal.studies.transfer import run_transfer
+    from stepcal.studies.kernels.transfer import run_transfer
 
     return run_transfer(runs, measured)
 
 
 def kernel_model(requests: pd.DataFrame, **options: Any) -> TablesAndTexts:
     """Step times from measured kernels, on the runs they were fitted to."""
-    from stepcal.studies.kernel_model import run_kernel_model
+    from stepcal.studies.kernels.kernel_model import run_kernel_model
 
     return run_kernel_model(requests, **options)
 
 
 def kernel_transfer(runs: pd.DataFrame, measured: pd.DataFrame) -> TablesAndTexts:
     """The same on runs that no fit saw."""
-    from stepcal.studies.kernel_transfer import run_kernel_transfer
+    from stepcal.studies.kernels.kernel_transfer import run_kernel_transfer
 
     return run_kernel_transfer(runs, measured)
 
 
 def kernel_uncertainty(requests: pd.DataFrame, runs: pd.DataFrame, measured: pd.DataFrame) -> TablesAndTexts:
     """What its predictions are worth."""
-    from stepcal.studies.kernel_uncertainty import run_kernel_uncertainty
+    from stepcal.studies.kernels.kernel_uncertainty import run_kernel_uncertainty
 
     return run_kernel_uncertainty(requests, runs, measured)
 
 
 def silicon_rows() -> pd.DataFrame:
     """Public benchmark rows at fixed concurrency, those that ship."""
-    from stepcal.studies.silicon import silicon_rows_that_ship
+    from stepcal.studies.kernels.silicon import silicon_rows_that_ship
 
     return silicon_rows_that_ship()
 
 
 def silicon(rows: pd.DataFrame) -> TablesAndTexts:
     """The frozen models on them, closed loop."""
-    from stepcal.studies.silicon import run_silicon
+    from stepcal.studies.kernels.silicon import run_silicon
 
     return run_silicon(rows)

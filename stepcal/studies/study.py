@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas as pd
 
 from stepcal.datasets import load_steps
-from stepcal.studies.provenance import Provenance
+from stepcal.studies.results.provenance import Provenance
 
 Tables = dict[str, pd.DataFrame]
 ACCELERATOR = "h100-sxm"

@@ -15,9 +15,9 @@ from stepcal.evaluation.verdict import NOT_EVALUATED
 from stepcal.simulator.steptime import StepBatch
 from stepcal.step_time.coefficients import load_coefficients
 from stepcal.step_time.kernel_model import kernel_components_us
+from stepcal.studies.kernels.transfer import errors_by_run
 from stepcal.studies.published_runs import load_experiments
 from stepcal.studies.registry import END_TO_END, PHYSICAL_MODEL, RECONSTRUCTION, load_study
-from stepcal.studies.transfer import errors_by_run
 from stepcal.studies.verdicts import verdict_of
 from stepcal.units import PERCENT, US_PER_MS
 

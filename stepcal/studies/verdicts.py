@@ -12,8 +12,8 @@ from stepcal.errors import InputError
 from stepcal.evaluation.preregistration import load_preregistration
 from stepcal.evaluation.verdict import Verdict, judge
 from stepcal.studies.evidence import h1_evidence, h2_evidence, published_h1_evidence, published_h2_evidence
-from stepcal.studies.provenance import MEASURED, NO_EVIDENCE, Provenance
 from stepcal.studies.registry import END_TO_END, PHYSICAL_EVIDENCE, PHYSICAL_MODEL, TRANSFER, load_study
+from stepcal.studies.results.provenance import MEASURED, NO_EVIDENCE, Provenance
 
 TAKE_RUNS = ("h3", "h4")
 """Hypotheses about runs that are still to come."""
@@ -108,8 +108,8 @@ def _published_provenance(table: pd.DataFrame) -> Provenance:
 
 def _h4(data: Path | str | None, accelerator: str | None) -> tuple[pd.DataFrame, Provenance]:
     """Judge the runs of a folder that had not been seen when H4 was frozen; nothing else is confirmatory."""
-    from stepcal.studies.evidence_kernels import h4_evidence
     from stepcal.studies.evidence_physical import folder_sha256
+    from stepcal.studies.kernels.evidence_kernels import h4_evidence
 
     if data is None:
         return h4_evidence(None, set()), Provenance(NO_EVIDENCE, "", 0, 0)

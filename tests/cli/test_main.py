@@ -110,7 +110,7 @@ def test_verdict_json_has_a_row_a_criterion():
 
 
 def test_record_check_finds_a_difference(traces_folder, monkeypatch, tmp_path):
-    monkeypatch.setattr("stepcal.studies.records.data_folder", lambda: tmp_path)
+    monkeypatch.setattr("stepcal.studies.results.records.data_folder", lambda: tmp_path)
     done = run("record", "--check", "--data", str(traces_folder))
     assert done.exit_code == 1
     assert "was never recorded" in done.stderr

@@ -7,11 +7,11 @@ import pytest
 from stepcal.errors import InputError
 from stepcal.reconstruction import labels
 from stepcal.reconstruction.labels import stage_starts_ns
-from stepcal.studies import label_audit
-from stepcal.studies import records as recorded
 from stepcal.studies import registry as studies
-from stepcal.studies.batch_reconstruction import request_line_fits
-from stepcal.studies.label_audit import large_prefills
+from stepcal.studies.diagnosis import label_audit
+from stepcal.studies.diagnosis.batch_reconstruction import request_line_fits
+from stepcal.studies.diagnosis.label_audit import large_prefills
+from stepcal.studies.results import records as recorded
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import numpy as np
 from stepcal.servers.checks import CheckOptions, check_log
 from stepcal.servers.coefficient_file import load_known
 from stepcal.servers.log import log_of
-from stepcal.studies.transfer import transfer_cases
+from stepcal.studies.kernels.transfer import transfer_cases
 
 
 def test_the_31_runs_are_within_the_error_that_the_default_says_of_itself() -> None:

@@ -19,8 +19,8 @@ from stepcal.simulator import (
     simulate,
 )
 from stepcal.simulator import layout as at
-from stepcal.simulator.arrivals import LoadStage
 from stepcal.simulator.engine import EngineRun
+from stepcal.simulator.load.arrivals import LoadStage
 
 SEEDS = range(500, 560)
 STEP_TIME = CompiledStepTime(constant_us=4000.0, tokens_us=2.0, requests_us=30.0, kv_us=0.05, waiting_us=3.0)

@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from stepcal.errors import InputError
 from stepcal.specs.architecture import load_architecture
 from stepcal.specs.kv_offloading import held_blocks, offload_blocks, rejected_requests
-from stepcal.studies.kv_offloading import OUTPUTS, STOCK, TIMING, estimated_rejections, steady_timing
+from stepcal.studies.diagnosis.kv_offloading import OUTPUTS, STOCK, TIMING, estimated_rejections, steady_timing
 from stepcal.studies.published_runs import STUDY_OFFLOAD_GIB
-from stepcal.studies.records import read_recorded
+from stepcal.studies.results.records import read_recorded
 
 counts = st.integers(1, 256)
 blocks = st.integers(0, 50_000)

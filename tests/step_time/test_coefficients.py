@@ -19,7 +19,7 @@ from stepcal.specs.hardware import load_accelerator
 from stepcal.step_time.coefficients import AFFINE_TERMS, SHIPPED_VARIANTS, StepTimeModel, load_coefficients
 from stepcal.step_time.compile import AnyStepTime, compile_baseline, compile_corrections
 from stepcal.step_time.corrections import Global9
-from stepcal.studies.records import read_recorded
+from stepcal.studies.results.records import read_recorded
 
 GPU = load_accelerator("h100-sxm")
 LLAMA = load_architecture("llama-2-70b")

@@ -25,7 +25,7 @@ from stepcal.studies.ablation_scores import (
     summarise,
 )
 from stepcal.studies.ablations import fit_model, is_informed_by_data, numbers_table, summary_runs
-from stepcal.studies.controlled import CACHED_PROMPTS, NEW_PROMPTS, sums_against_requests
+from stepcal.studies.diagnosis.controlled import CACHED_PROMPTS, NEW_PROMPTS, sums_against_requests
 from stepcal.studies.model_forms import FORMS, PHASES, SHIPPED, SUPPORTED, compare_forms, fit_form
 from stepcal.studies.published_runs import load_experiments
 

@@ -6,10 +6,10 @@ import pytest
 
 from stepcal.step_time.physical import physical_features
 from stepcal.step_time.physical_parameters import STEP_PARAMETERS, by_name
-from stepcal.studies import attribution as a
 from stepcal.studies import registry as studies
+from stepcal.studies.diagnosis import attribution as a
 from stepcal.studies.published_runs import load_experiments
-from stepcal.studies.records import read_recorded
+from stepcal.studies.results.records import read_recorded
 
 RUNS = [e for e in load_experiments() if e.experiment_id.endswith(("general", "codegen"))][:4]
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from stepcal.studies import controlled as c
+from stepcal.studies.diagnosis import controlled as c
 from stepcal.studies.published_runs import load_experiments
 
 SMALL = c.SERVERS[2:4]

@@ -246,7 +246,7 @@ def test_recorded_errors_are_what_evaluate_finds(traces_folder: Path) -> None:
 
 
 def load_study_errors() -> pd.DataFrame:
-    from stepcal.studies.records import read_recorded
+    from stepcal.studies.results.records import read_recorded
 
     errors = read_recorded(END_TO_END).tables["errors"]
     chosen = errors.query("split == 'whole' and arrivals == 'replayed' and variant == 'model36'")

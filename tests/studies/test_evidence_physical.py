@@ -20,7 +20,7 @@ from stepcal.step_time import coefficients
 from stepcal.step_time.coefficients import load_coefficients
 from stepcal.studies import registry, verdicts
 from stepcal.studies.evidence_physical import correlate_parts, h1b_evidence, h2b_evidence, h3_evidence
-from stepcal.studies.provenance import Provenance
+from stepcal.studies.results.provenance import Provenance
 from stepcal.studies.study import Study
 
 runner = CliRunner()

@@ -7,7 +7,7 @@ import pandas as pd
 
 from stepcal.experiments.latencies import measured_latencies
 from stepcal.servers.log import log_of
-from stepcal.studies.first_stage import SIXTEEN, _row, first_stage_summary
+from stepcal.studies.kernels.first_stage import SIXTEEN, _row, first_stage_summary
 from stepcal.studies.published_runs import load_experiments
 
 

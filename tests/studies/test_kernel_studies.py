@@ -17,9 +17,9 @@ from stepcal.specs.hardware import load_accelerator
 from stepcal.step_time.coefficients import load_coefficients
 from stepcal.step_time.kernel_model import compile_kernels
 from stepcal.step_time.learned import KERNELS
-from stepcal.studies import kernel_tables, kernel_transfer, kernel_uncertainty, transfer
 from stepcal.studies import registry as studies
-from stepcal.studies.evidence_kernels import NO_TABLES, SEEN, h4_evidence, h4_variant
+from stepcal.studies.kernels import kernel_tables, kernel_transfer, kernel_uncertainty, transfer
+from stepcal.studies.kernels.evidence_kernels import NO_TABLES, SEEN, h4_evidence, h4_variant
 from stepcal.studies.published_runs import load_experiments
 from stepcal.studies.verdicts import verdict_of
 

@@ -7,7 +7,7 @@ import pytest
 from stepcal.specs.architecture import load_architecture
 from stepcal.specs.kv_offloading import offload_blocks, rejected_requests
 from stepcal.studies import registry as studies
-from stepcal.studies.kv_offloading import (
+from stepcal.studies.diagnosis.kv_offloading import (
     OUTPUTS,
     STOCK,
     TIMING,
@@ -16,8 +16,8 @@ from stepcal.studies.kv_offloading import (
     rejection_cost,
     steady_timing,
 )
-from stepcal.studies.offload_pool import ALL, PROMPTS, fit_pool
-from stepcal.studies.records import read_recorded
+from stepcal.studies.diagnosis.offload_pool import ALL, PROMPTS, fit_pool
+from stepcal.studies.results.records import read_recorded
 
 OUTPUT_TOKENS = 248
 MODELS = ("llama-2-70b", "llama-2-7b", "codellama-34b", "mixtral-8x7b")

@@ -9,8 +9,8 @@ import pytest
 from stepcal.datasets import published_xgboost
 from stepcal.errors import InputError, MissingDataError
 from stepcal.studies import registry as studies
-from stepcal.studies.record_all import check_all, differences, record_all
-from stepcal.studies.records import Recording, read_recorded, write_recorded
+from stepcal.studies.results.record_all import check_all, differences, record_all
+from stepcal.studies.results.records import Recording, read_recorded, write_recorded
 from stepcal.studies.verdicts import verdict_of
 
 ANCHORS = {
@@ -34,7 +34,7 @@ def test_recorded_equals_recomputed(traces_folder):
 def test_a_changed_number_in_a_recording_is_found(traces_folder, monkeypatch, tmp_path):
     study = studies.load_study(studies.RESCORED, data=traces_folder)
     (tmp_path / "recorded").mkdir()
-    monkeypatch.setattr("stepcal.studies.records.data_folder", lambda: tmp_path)
+    monkeypatch.setattr("stepcal.studies.results.records.data_folder", lambda: tmp_path)
     changed = {"rescored": study["rescored"].assign(mape_percent=lambda t: t["mape_percent"] * 1.001)}
     write_recorded(studies.RESCORED, Recording(changed, {}, {"data_sha256": study.provenance.data_sha256}))
     assert "mape_percent" in differences(study)[0]
@@ -110,7 +110,7 @@ def test_recordings_round_trip_and_keep_their_day(monkeypatch, tmp_path):
     import datetime
 
     (tmp_path / "recorded").mkdir()
-    monkeypatch.setattr("stepcal.studies.records.data_folder", lambda: tmp_path)
+    monkeypatch.setattr("stepcal.studies.results.records.data_folder", lambda: tmp_path)
     table = pd.DataFrame({"name": ["a", None], "value": [0.1, np.nan], "n": [1, 2], "flag": [True, False]})
     recording = Recording({"t": table}, {"report": "text"}, {"data_sha256": "0"})
     path = write_recorded("x", recording, today=datetime.date(2026, 1, 2))

@@ -11,9 +11,10 @@ import pytest
 
 from stepcal.errors import InputError
 from stepcal.locations import CACHE_VARIABLE, RESULTS
-from stepcal.studies import registry, result_cache
-from stepcal.studies.provenance import MEASURED, SIMULATED, Provenance
-from stepcal.studies.result_cache import cached_study, result_key
+from stepcal.studies import registry
+from stepcal.studies.results import result_cache
+from stepcal.studies.results.provenance import MEASURED, SIMULATED, Provenance
+from stepcal.studies.results.result_cache import cached_study, result_key
 from stepcal.studies.study import Study
 
 TABLE = pd.DataFrame(

@@ -8,7 +8,7 @@ from stepcal.datasets.facts import shipped_table
 from stepcal.kernels.silicon import active_parameters, suspicion
 from stepcal.specs.hardware import load_accelerator
 from stepcal.studies import registry as studies
-from stepcal.studies import silicon
+from stepcal.studies.kernels import silicon
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import pytest
 from stepcal.errors import InputError
 from stepcal.locations import data_folder
 from stepcal.studies.registry import STUDIES
-from stepcal.studies.tolerances import Tolerance, difference, tolerance_table, tolerances_of
+from stepcal.studies.results.tolerances import Tolerance, difference, tolerance_table, tolerances_of
 
 SHARE = 0.1
 TABLE = pd.DataFrame(
@@ -128,7 +128,7 @@ def test_tolerances_are_shares_of_what_is_known() -> None:
 
 
 def test_a_declaration_that_is_none_is_refused(monkeypatch, tmp_path) -> None:
-    monkeypatch.setattr("stepcal.studies.tolerances.data_folder", lambda: tmp_path)
+    monkeypatch.setattr("stepcal.studies.results.tolerances.data_folder", lambda: tmp_path)
     (tmp_path / "recorded").mkdir()
     path = tmp_path / "recorded" / "tolerances.csv"
     path.write_text("study,table,column,share,of,by\nh1,t,*,0.1,guess,4\n")

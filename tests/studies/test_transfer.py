@@ -15,8 +15,8 @@ from stepcal.experiments.latencies import predicted_latencies
 from stepcal.locations import data_folder
 from stepcal.step_time.coefficients import frozen_default_sha256, load_coefficients
 from stepcal.studies import registry as studies
-from stepcal.studies import transfer
 from stepcal.studies.evidence_physical import H3_COEFFICIENTS, SEEDS
+from stepcal.studies.kernels import transfer
 from stepcal.studies.verdicts import verdict_of
 
 H3_SHA256 = "c995bf8e97565b885709a35b7930b3ba73621f20e7923ddb9d895d3e0e8a267f"

@@ -14,10 +14,10 @@ from stepcal.errors import InputError, MissingDataError
 from stepcal.files import write_atomically
 from stepcal.locations import data_folder
 from stepcal.step_time.coefficients import SHIPPED_VARIANTS
-from stepcal.studies.records import Recording, read_recorded, record_exists, write_recorded
 from stepcal.studies.registry import STUDIES, load_study
+from stepcal.studies.results.records import Recording, read_recorded, record_exists, write_recorded
+from stepcal.studies.results.tolerances import Difference, difference, tolerances_of
 from stepcal.studies.study import Study
-from stepcal.studies.tolerances import Difference, difference, tolerances_of
 
 
 def record_all(data: Path | str | None = None, *, only: Sequence[str] = ()) -> list[Path]:

@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from stepcal.errors import InputError
-from stepcal.simulator.arrivals import LoadStage
-from stepcal.simulator.workload import RequestList
+from stepcal.simulator.load.arrivals import LoadStage
+from stepcal.simulator.load.workload import RequestList
 from stepcal.units import FloatArray, IntArray
 
 

@@ -6,8 +6,8 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from stepcal.report.plots import short_name
-from stepcal.report.theme import (
+from stepcal.report.figures.plots import short_name
+from stepcal.report.figures.theme import (
     COLOURS,
     FAINT,
     categories,

@@ -4,7 +4,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from stepcal.errors import InputError
-from stepcal.simulator.workload import RequestList
+from stepcal.simulator.load.workload import RequestList
 
 
 def make_conversations(

@@ -8,8 +8,8 @@ import numpy as np
 
 from stepcal.errors import InputError
 from stepcal.simulator.layout import Int32Array
-from stepcal.simulator.shared_prefix import Workload
-from stepcal.simulator.workload import RequestList
+from stepcal.simulator.load.shared_prefix import Workload
+from stepcal.simulator.load.workload import RequestList
 from stepcal.units import US_PER_S
 
 if TYPE_CHECKING:

@@ -19,9 +19,9 @@ from stepcal.reconstruction.labels import step_intervals
 from stepcal.reconstruction.timeline import DECODING, PREFILLING, WAITING, Timeline, build_timeline, request_lives
 from stepcal.specs.architecture import load_architecture
 from stepcal.specs.kv_offloading import offload_blocks, rejected_requests
-from stepcal.studies.offload_pool import N_DRAWS, N_PIECES, architecture_of, fit_pool, with_held_blocks
+from stepcal.studies.diagnosis.offload_pool import N_DRAWS, N_PIECES, architecture_of, fit_pool, with_held_blocks
 from stepcal.studies.published_runs import STUDY_OFFLOAD_GIB
-from stepcal.studies.records import read_recorded
+from stepcal.studies.results.records import read_recorded
 from stepcal.units import PERCENT, FloatArray
 
 Tables = dict[str, pd.DataFrame]

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from stepcal.report.theme import (
+from stepcal.report.figures.theme import (
     COLOURS,
     FAINT,
     categories,
@@ -15,8 +15,8 @@ from stepcal.report.theme import (
     panels,
     plain_logarithm,
 )
-from stepcal.studies.attribution import CORRECTED, FOLDS, PUBLISHED, REQUEST, STEP, VARIANTS
-from stepcal.studies.controlled import LIMIT_PERCENT
+from stepcal.studies.diagnosis.attribution import CORRECTED, FOLDS, PUBLISHED, REQUEST, STEP, VARIANTS
+from stepcal.studies.diagnosis.controlled import LIMIT_PERCENT
 
 FOLD_NAMES = {
     "within": "later, same run",

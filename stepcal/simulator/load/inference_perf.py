@@ -12,9 +12,9 @@ import numpy as np
 
 from stepcal.documents import read_yaml
 from stepcal.errors import InputError, NotModelledError, shown
-from stepcal.simulator.arrivals import LoadStage
-from stepcal.simulator.inference_perf_fields import FIXED, fields_of
-from stepcal.simulator.shared_prefix import Workload
+from stepcal.simulator.load.arrivals import LoadStage
+from stepcal.simulator.load.inference_perf_fields import FIXED, fields_of
+from stepcal.simulator.load.shared_prefix import Workload
 
 DEFAULT_INTERVAL_S = 1.0
 DEFAULT_WORKER_CONCURRENCY = 100

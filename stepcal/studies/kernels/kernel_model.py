@@ -1,7 +1,7 @@
 """The study ``kernel_model``: a few scales of the kernel model learned on the 16 runs, closed loop, and what they are worth.
 
-Everything else comes from kernel tables and datasheets. ``python -m stepcal.studies.kernel_model`` fits and prints the
-coefficient file; freezing it is a decision of the maintainer's.
+Everything else comes from kernel tables and datasheets. ``python -m stepcal.studies.kernels.kernel_model`` fits and prints
+the coefficient file; freezing it is a decision of the maintainer's.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from stepcal.studies.evidence_physical import (
     evidence_table,
     transfer_error,
 )
-from stepcal.studies.kernel_transfer import H4_VARIANTS, group_of
+from stepcal.studies.kernels.kernel_transfer import H4_VARIANTS, group_of
 
 SEEN = "seen"
 """Variant of runs that H4 does not judge: those that were fitted, and those that its form was suggested by."""

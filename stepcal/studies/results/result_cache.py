@@ -1,7 +1,7 @@
 """Results of studies, kept between processes: the same code, data and options give the same tables, so once is enough.
 
-An entry is a file of JSON in the form of a recording (`stepcal.studies.records`). Its name is a hash of all that the result
-depends on, so an entry is never stale, only unused. It is written whole or not at all: processes that compute the same
+An entry is a file of JSON in the form of a recording (`stepcal.studies.results.records`). Its name is a hash of all that the
+result depends on, so an entry is never stale, only unused. It is written whole or not at all: processes that compute the same
 thing at once each write the same file. One that cannot be read is as good as none.
 """
 
@@ -19,8 +19,8 @@ from pathlib import Path
 from stepcal.errors import InputError
 from stepcal.files import write_atomically
 from stepcal.locations import RESULTS, book_folder, cache_folder, data_folder
-from stepcal.studies.provenance import Provenance
-from stepcal.studies.records import Recording, from_json, to_json
+from stepcal.studies.results.provenance import Provenance
+from stepcal.studies.results.records import Recording, from_json, to_json
 from stepcal.studies.study import Study
 
 LIBRARIES = ("numba", "numpy", "pandas", "scipy", "xgboost-cpu")

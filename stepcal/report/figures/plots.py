@@ -1,4 +1,4 @@
-"""The report's figures: tables in, figures at two widths out. The look is `stepcal.report.theme`'s."""
+"""The report's figures: tables in, figures at two widths out. The look is `stepcal.report.figures.theme`'s."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from stepcal.evaluation.step_errors import POOLED, TOTAL
-from stepcal.report import theme
-from stepcal.report.theme import (
+from stepcal.report.figures import theme
+from stepcal.report.figures.theme import (
     COLOURS,
     FAINT,
     INK,

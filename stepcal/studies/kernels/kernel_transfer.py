@@ -24,8 +24,8 @@ from stepcal.step_time.kernel_model import compile_kernels
 from stepcal.step_time.kernel_parameters import KERNEL_PARAMETERS
 from stepcal.step_time.physical_parameters import priors
 from stepcal.step_time.sampler import sampler_costs
+from stepcal.studies.kernels.transfer import errors_of, transfer_cases, transfer_errors
 from stepcal.studies.study import Tables
-from stepcal.studies.transfer import errors_of, transfer_cases, transfer_errors
 
 ONE_SEED = range(1)
 """Ablations take one seed: what they show is larger than the spread over seeds."""
@@ -46,8 +46,8 @@ def run_kernel_transfer(runs: pd.DataFrame, measured: pd.DataFrame) -> tuple[Tab
     Returns
     -------
     tables : dict
-        ``errors`` (of `stepcal.studies.transfer.errors_of`, five seeds), ``ablations`` (signed error of mean E2E and TTFT by
-        run and variant, one seed), ``groups`` (which group each run belongs to), ``evidence`` (what H4's criteria look at,
+        ``errors`` (of `stepcal.studies.kernels.transfer.errors_of`, five seeds), ``ablations`` (signed error of mean E2E and TTFT
+        by run and variant, one seed), ``groups`` (which group each run belongs to), ``evidence`` (what H4's criteria look at,
         post hoc).
     texts : dict
         Empty.
@@ -145,7 +145,7 @@ def h4_rows(errors: pd.DataFrame, predecessor: pd.DataFrame, cases: list[Case]) 
     Parameters
     ----------
     errors, predecessor : DataFrame
-        Of `stepcal.studies.transfer.errors_of`, with the frozen coefficients and with those of H3.
+        Of `stepcal.studies.kernels.transfer.errors_of`, with the frozen coefficients and with those of H3.
     cases : list of (Experiment, DataFrame)
 
     Returns

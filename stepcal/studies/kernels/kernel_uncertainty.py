@@ -26,10 +26,10 @@ from stepcal.step_time.coefficients import DEFAULT, load_coefficients
 from stepcal.step_time.kernel_model import compile_kernels, kernel_components_us
 from stepcal.step_time.kernel_parameters import KERNEL_PARAMETERS
 from stepcal.step_time.physical_parameters import as_array, by_name
-from stepcal.studies.kernel_transfer import group_of
+from stepcal.studies.kernels.kernel_transfer import group_of
+from stepcal.studies.kernels.transfer import transfer_cases
 from stepcal.studies.published_runs import load_experiments
 from stepcal.studies.study import Tables
-from stepcal.studies.transfer import transfer_cases
 from stepcal.units import MS_PER_S, PERCENT, US_PER_S, BoolArray, FloatArray
 
 SLOWER = 1.02

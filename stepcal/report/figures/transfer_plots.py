@@ -5,7 +5,7 @@ from __future__ import annotations
 import pandas as pd
 from matplotlib.figure import Figure
 
-from stepcal.report.theme import (
+from stepcal.report.figures.theme import (
     COLOURS,
     FAINT,
     categories,

@@ -7,8 +7,8 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-from stepcal.report.plots import short_name
-from stepcal.report.theme import (
+from stepcal.report.figures.plots import short_name
+from stepcal.report.figures.theme import (
     COLOURS,
     FAINT,
     INK,
@@ -19,8 +19,8 @@ from stepcal.report.theme import (
     panels,
     plain_logarithm,
 )
-from stepcal.studies.kv_offloading import NONE, OUTPUTS, SMALLER, STOCK
-from stepcal.studies.offload_pool import ALL, PROMPTS
+from stepcal.studies.diagnosis.kv_offloading import NONE, OUTPUTS, SMALLER, STOCK
+from stepcal.studies.diagnosis.offload_pool import ALL, PROMPTS
 from stepcal.studies.published_runs import STUDY_OFFLOAD_GIB
 from stepcal.units import US_PER_MS
 

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 
 from stepcal.errors import InputError, NotModelledError
-from stepcal.simulator.arrivals import MOST_REQUESTS, LoadStage, generate_arrivals
-from stepcal.simulator.clients import Clients, stage_starts
 from stepcal.simulator.layout import Int32Array
-from stepcal.simulator.workload import RequestList
+from stepcal.simulator.load.arrivals import MOST_REQUESTS, LoadStage, generate_arrivals
+from stepcal.simulator.load.clients import Clients, stage_starts
+from stepcal.simulator.load.workload import RequestList
 from stepcal.units import IntArray
 
 _MOST_TOKENS = 10**9  # lengths are 32-bit integers
@@ -64,7 +64,7 @@ class Workload:
     @classmethod
     def read(cls, source: str | Path | Mapping[str, Any]) -> "Workload":
         """Read a file of inference-perf (``profile.yaml``), as `stepcal.simulator.read_workload` does."""
-        from stepcal.simulator.inference_perf import read_workload
+        from stepcal.simulator.load.inference_perf import read_workload
 
         return read_workload(source)
 

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from stepcal.report.theme import COLOURS, FAINT, categories, drawn_twice, figure_legend, panels, plain_logarithm
+from stepcal.report.figures.theme import COLOURS, FAINT, categories, drawn_twice, figure_legend, panels, plain_logarithm
 
 KERNEL_NAMES = {
     "gemm": "matrix products",
@@ -25,7 +25,7 @@ def tables_against_fits(narrow: bool, samples: pd.DataFrame, *, precision: str =
     ----------
     narrow : bool
     samples : DataFrame
-        Of `stepcal.studies.kernel_tables.samples`.
+        Of `stepcal.studies.kernels.kernel_tables.samples`.
     precision : str
     """
     figure, rows = panels(narrow, 2.9, across=2, down=2)

@@ -17,7 +17,7 @@ from stepcal.reconstruction.timeline import (
     decode_intervals,
     request_lives,
 )
-from stepcal.studies.label_audit import lives_of_traced, rows_of
+from stepcal.studies.diagnosis.label_audit import lives_of_traced, rows_of
 from stepcal.units import PERCENT, US_PER_S, FloatArray
 
 Tables = dict[str, pd.DataFrame]
@@ -39,7 +39,7 @@ def run_reconstruction(
     Parameters
     ----------
     steps, requests, experiments : DataFrame
-        As for `stepcal.studies.label_audit.run_label_audit`.
+        As for `stepcal.studies.diagnosis.label_audit.run_label_audit`.
 
     Returns
     -------

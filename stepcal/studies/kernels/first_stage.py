@@ -24,8 +24,8 @@ from stepcal.servers.log import ServedLog, log_of
 from stepcal.servers.priors import prior_of
 from stepcal.servers.replay import replayed_latencies_s
 from stepcal.step_time.coefficients import DEFAULT
+from stepcal.studies.kernels.transfer import transfer_cases
 from stepcal.studies.published_runs import load_experiments
-from stepcal.studies.transfer import transfer_cases
 from stepcal.units import MS_PER_S, PERCENT
 
 FIRST, SECOND = 0, 1

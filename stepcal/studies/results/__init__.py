@@ -1,0 +1,1 @@
+"""How a study's results are kept: provenance, recordings, the cache between processes."""
