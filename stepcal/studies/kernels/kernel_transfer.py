@@ -46,9 +46,9 @@ def run_kernel_transfer(runs: pd.DataFrame, measured: pd.DataFrame) -> tuple[Tab
     Returns
     -------
     tables : dict
-        ``errors`` (of `stepcal.studies.kernels.transfer.errors_of`, five seeds), ``ablations`` (signed error of mean E2E and TTFT
-        by run and variant, one seed), ``groups`` (which group each run belongs to), ``evidence`` (what H4's criteria look at,
-        post hoc).
+        ``errors`` (of `stepcal.studies.kernels.transfer.errors_of`, five seeds), ``ablations`` (signed error of mean
+        E2E and TTFT by run and variant, one seed), ``groups`` (which group each run belongs to), ``evidence`` (what H4's
+        criteria look at, post hoc).
     texts : dict
         Empty.
     """

@@ -1,8 +1,8 @@
 """Results of studies, kept between processes: the same code, data and options give the same tables, so once is enough.
 
 An entry is a file of JSON in the form of a recording (`stepcal.studies.results.records`). Its name is a hash of all that the
-result depends on, so an entry is never stale, only unused. It is written whole or not at all: processes that compute the same
-thing at once each write the same file. One that cannot be read is as good as none.
+result depends on, so an entry is never stale, only unused. It is written whole or not at all: processes that compute the
+same thing at once each write the same file. One that cannot be read is as good as none.
 """
 
 from __future__ import annotations
