@@ -230,6 +230,7 @@ def workload_jacobian(
     ndarray, shape (n_residuals, n_parameters)
     """
     learned = model.parameters
+    api = {p.name for p in API_PARAMETERS}
     step_times = [model.compile(_values(log_values, learned), run.experiment.deployment) for run in runs]
 
     def difference(job: tuple[int, int]) -> FloatArray:
@@ -238,7 +239,7 @@ def workload_jacobian(
         ends = []
         for values in (_values(log_values + step, learned), _values(log_values - step, learned)):
             step_time = model.compile(values, runs[i].experiment.deployment)
-            if step_time.same_as(step_times[i]) and learned[j] not in API_PARAMETERS:
+            if step_time.same_as(step_times[i]) and learned[j].name not in api:
                 return np.zeros(_n_residuals(runs[i]))
             ends.append((values, _run_residuals(runs[i], *_latencies_s(runs[i], step_time, values))))
         (above, there), (below, here) = ends
