@@ -26,7 +26,13 @@ from stepcal.evaluation.cross_validation import LEAVE_OUT, compare_runs, errors_
 from stepcal.locations import data_folder
 from stepcal.reconstruction.timeline import decode_intervals
 from stepcal.simulator import simulate
-from stepcal.step_time.coefficients import frozen_default_sha256, frozen_values, load_coefficients
+from stepcal.step_time.coefficients import (
+    FROZEN,
+    PHYSICAL_DEFAULT,
+    frozen_default_sha256,
+    frozen_values,
+    load_coefficients,
+)
 from stepcal.step_time.physical_parameters import PARAMETERS, as_array, by_name
 from stepcal.studies.physical_model import first_requests, request_scores
 from stepcal.studies.published_runs import load_experiments
@@ -128,11 +134,15 @@ def test_nothing_to_fit_is_refused():
         calibrate()
 
 
-def test_the_default_is_what_was_frozen():
-    content = (data_folder() / "coefficients" / "default.json").read_bytes()
-    assert hashlib.sha256(content).hexdigest() == frozen_default_sha256()
-    assert len(frozen_default_sha256()) == 64
+@pytest.mark.parametrize("name", FROZEN)
+def test_frozen_coefficients_are_what_was_frozen(name):
+    content = (data_folder() / "coefficients" / f"{name}.json").read_bytes()
+    assert hashlib.sha256(content).hexdigest() == frozen_default_sha256(name)
+
+
+def test_the_frozen_physical_model_lies_within_its_bounds_and_intervals():
     assert list(frozen_values()) == [p.name for p in PARAMETERS]
+    content = (data_folder() / "coefficients" / f"{PHYSICAL_DEFAULT}.json").read_bytes()
     for p, entry in zip(PARAMETERS, json.loads(content)["parameters"], strict=True):
         assert entry["name"] == p.name
         assert p.low <= entry["value"] <= p.high
