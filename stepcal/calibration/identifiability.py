@@ -202,7 +202,7 @@ def _estimate(
 ) -> Estimate:
     nan = float("nan")
     if not determined or reason:
-        return Estimate(name, unit, float(value), nan, nan, determined, reason)
+        return Estimate(name, unit, float(value), nan, nan, bool(determined), reason)
     z = norm.ppf(0.5 + CONFIDENCE / 2)
     spread = z * math.sqrt(max(float(direction @ covariance @ direction), 0.0))
     if 2 * spread > math.log(WIDEST_INTERVAL):

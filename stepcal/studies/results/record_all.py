@@ -19,6 +19,9 @@ from stepcal.studies.results.records import Recording, read_recorded, record_exi
 from stepcal.studies.results.tolerances import Difference, difference, tolerances_of
 from stepcal.studies.study import Study
 
+NEVER_RECORDED = Difference("", "", -1, np.inf, "was never recorded")
+"""What a study without a recording differs by: nothing is computed for it."""
+
 
 def record_all(data: Path | str | None = None, *, only: Sequence[str] = ()) -> list[Path]:
     """Record studies.
@@ -43,7 +46,8 @@ def record_all(data: Path | str | None = None, *, only: Sequence[str] = ()) -> l
         If the traces are not at hand: there is nothing to compute.
     """
     paths = []
-    for study in _computed(data, only):
+    for name in _selected(data, only):
+        study = load_study(name, data=data, recompute=True)
         provenance = {k: v for k, v in asdict(study.provenance).items() if k not in ("kind", "recorded")}
         recording = Recording(study.tables, study.texts, {"kind": "measured", **provenance})
         paths.append(write_recorded(study.name, recording))
@@ -63,11 +67,15 @@ def check_all(data: Path | str | None = None, *, only: Sequence[str] = ()) -> It
     differences : list of Difference
         The largest of each table; a size above 1 is a finding.
     """
-    for study in _computed(data, only):
-        yield study.name, compare_with_recording(study)
+    for name in _selected(data, only):
+        if not record_exists(name):
+            yield name, [NEVER_RECORDED]
+        else:
+            yield name, compare_with_recording(load_study(name, data=data, recompute=True))
 
 
-def _computed(data: Path | str | None, only: Sequence[str]) -> Iterator[Study]:
+def _selected(data: Path | str | None, only: Sequence[str]) -> Sequence[str]:
+    """Names of the studies to compute, all by default; refuses an unknown one, and a machine without traces."""
     unknown = [name for name in only if name not in STUDIES]
     if unknown:
         raise InputError(f"Unknown study `{unknown[0]}`. Studies: {', '.join(STUDIES)}.")
@@ -75,8 +83,7 @@ def _computed(data: Path | str | None, only: Sequence[str]) -> Iterator[Study]:
         raise MissingDataError(
             "Recording needs the step traces. Set STEPCAL_DATA to their folder (see data/README.md)."
         )
-    for name in only or STUDIES:
-        yield load_study(name, data=data, recompute=True)
+    return only or list(STUDIES)
 
 
 def write_variant_coefficients(variant: str) -> Path:
@@ -114,7 +121,7 @@ def compare_with_recording(study: Study) -> list[Difference]:
         If a table declares no tolerance.
     """
     if not record_exists(study.name):
-        return [Difference("", "", -1, np.inf, "was never recorded")]
+        return [NEVER_RECORDED]
     recording = read_recorded(study.name)
     if recording.provenance["data_sha256"] != study.provenance.data_sha256:
         return [Difference("", "", -1, np.inf, "was recorded from other data")]
