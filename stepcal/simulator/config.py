@@ -47,7 +47,7 @@ class KvGroup:
     Raises
     ------
     InputError
-        If the kind is unknown, or a window is missing or given in vain.
+        If the kind is unknown, or a window is missing or has no use.
     """
 
     kind: str = "full"

@@ -49,7 +49,7 @@ def offload_blocks(architecture: ModelArchitecture, gib: float, *, block_size: i
 def rejected_requests(
     running: ArrayLike, held_blocks: ArrayLike, output_tokens: ArrayLike, *, pool_blocks: int, block_size: int = 16
 ) -> FloatArray:
-    """Requests that ask the pool in vain in a step, shape (n_steps,).
+    """Requests that the pool rejects in a step, shape (n_steps,).
 
     R running requests hold D different blocks and the pool has P. On average it satisfies ``R P / D`` of them and rejects
     the rest in every step. Whoever is satisfied asks again with each new block, every `block_size` steps, and gets it when

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from stepcal.step_time.physical_parameters import LearnedParameter
+from stepcal.step_time.physical_parameters import SCAN, LearnedParameter
 
 SMALL_KERNELS_A_LAYER = 5
 """Two norms, rotary embedding, activation and the writing of keys and values, as torch.compile fuses them (code reading)."""
@@ -52,15 +52,7 @@ KERNEL_PARAMETERS = (
         0.6,
         "prior: steps with prefill replay piecewise CUDA graphs and launch attention by hand, a few launches a layer",
     ),
-    LearnedParameter(
-        "offload_scan_us",
-        "us",
-        0.085,
-        0.005,
-        1.0,
-        0.3,
-        "prior: a block's share of a scan of the pool in vLLM 0.15.1's prepare_store(), timed on a CPU (our timing)",
-    ),
+    SCAN,
     LearnedParameter(
         "api_before_us",
         "us",

@@ -130,7 +130,7 @@ class PhysicalFeatures:
     schedule_us : ndarray
         The scheduler on the CPU, which overlaps with the GPU.
     scanned : ndarray
-        Blocks of the offload pool that the scheduler looks at in vain.
+        Blocks of the offload pool that the scheduler scans for requests that are rejected.
     """
 
     weights_us: FloatArray

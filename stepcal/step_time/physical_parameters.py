@@ -42,6 +42,17 @@ class LearnedParameter:
     source: str
 
 
+SCAN = LearnedParameter(
+    "offload_scan_us",
+    "us",
+    0.085,
+    0.005,
+    1.0,
+    0.3,
+    "prior: a block's share of a scan of the pool in vLLM 0.15.1's prepare_store(), timed on a CPU (our timing)",
+)
+"""Price of scanning a block of the offload pool, the same in every model of the step."""
+
 STEP_PARAMETERS = (
     LearnedParameter(
         "hbm_read_factor",
@@ -115,15 +126,7 @@ STEP_PARAMETERS = (
         0.6,
         "prior: steps with prefill replay piecewise CUDA graphs and launch attention by hand, a few launches a layer",
     ),
-    LearnedParameter(
-        "offload_scan_us",
-        "us",
-        0.085,
-        0.005,
-        1.0,
-        0.3,
-        "prior: a block's share of a scan of the pool in vLLM 0.15.1's prepare_store(), timed on a CPU (our timing)",
-    ),
+    SCAN,
 )
 """The nine parameters of the step time, the same for every model."""
 API_PARAMETERS = (
