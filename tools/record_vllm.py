@@ -38,7 +38,7 @@ sys.path[:0] = [str(TESTS / "simulator"), str(TESTS / "conformance")]
 import scenarios  # noqa: E402
 import torch  # noqa: E402
 import vllm_reference  # noqa: E402
-from random_scenarios import random_scenario, random_timed_scenario, with_groups  # noqa: E402
+from random_scenarios import random_scenario, random_timed_scenario, with_groups, with_policies  # noqa: E402
 from vllm import __version__ as vllm_version  # noqa: E402
 from vllm.config import (  # noqa: E402
     CacheConfig,
@@ -301,6 +301,8 @@ def make_engine(
             is_encoder_decoder=False,
             enable_chunked_prefill=True,
             async_scheduling=config["async_scheduling"],
+            policy=config.get("scheduling_policy", "fcfs"),
+            long_prefill_token_threshold=config.get("long_prefill_token_threshold", 0),
         ),
         device_config=DeviceConfig(device="cpu"),
         **settings,
@@ -324,7 +326,8 @@ def add_request(engine: EngineCore, request: dict) -> None:
         "sampling_params": SamplingParams(max_tokens=request["output_tokens"], ignore_eos=True, temperature=0.0),
         "pooling_params": None,
         "eos_token_id": None,
-        "arrival_time": 0.0,
+        "arrival_time": vllm_reference.arrival_time(request),
+        "priority": request.get("priority", 0),
         "lora_request": None,
         "cache_salt": None,
         "data_parallel_rank": None,
@@ -595,6 +598,7 @@ def first_difference(expected: dict, actual: dict) -> str | None:
 def random_plays(seed: int, model_dir: str) -> Iterator[tuple[dict, dict]]:
     """Random scenarios as the real scheduler plays them, and as the reference does."""
     scenarios_of_seed = [(random_scenario(seed), random_timed_scenario(seed))]
+    scenarios_of_seed.append(tuple(with_policies(scenario, seed) for scenario in scenarios_of_seed[0]))
     if vllm_version in RELEASES_WITH_GROUPS:
         scenarios_of_seed.append(tuple(with_groups(scenario, seed) for scenario in scenarios_of_seed[0]))
     for by_step, by_time in scenarios_of_seed:

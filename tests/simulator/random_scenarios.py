@@ -191,6 +191,29 @@ def with_groups(scenario: dict, seed: int) -> dict:
     return {**scenario, "name": f"groups-{scenario['name']}", "config": config}
 
 
+def with_policies(scenario: dict, seed: int) -> dict:
+    """The scenario with priorities, with a threshold for long prefills, or with both."""
+    rng = random.Random(seed + 11)
+    config, requests = dict(scenario["config"]), [dict(r) for r in scenario["requests"]]
+    kind = rng.choice(("priority", "threshold", "both", "both"))
+    if kind != "threshold":
+        config["scheduling_policy"] = "priority"
+    if kind != "priority":
+        threshold = rng.choice((1, 2, 5, 8, 15, 16, 17, 24, 32, 33, 48, 64, 100, 300))
+        config["long_prefill_token_threshold"] = threshold
+        if rng.random() < 0.5:  # a few long prompts take all of it
+            budget = rng.choice((threshold, threshold + 1, 2 * threshold, 3 * threshold, 3 * threshold + 5))
+            config["max_num_batched_tokens"] = max(config["max_num_seqs"], budget)
+    levels = rng.choice(((0,), (0, 1), (-1, 0, 0, 0, 1), range(-3, 4), range(100)))
+    arrivals = rng.choice(("own", "own", "own", "equal", "any"))
+    for request in requests:
+        if rng.random() < 0.9:  # others say nothing: 0
+            request["priority"] = rng.choice(levels)
+        if arrivals != "own":
+            request["arrival_time"] = 0.0 if arrivals == "equal" else float(rng.randint(0, 5))
+    return {**scenario, "name": f"policies-{scenario['name']}", "config": config, "requests": requests}
+
+
 def random_timed_scenario(seed: int) -> dict:
     """A random scenario on a clock: arrivals and aborts in microseconds, and an affine step time.
 

@@ -29,15 +29,21 @@ def num_tokens(segments: Iterable[Iterable[int]]) -> int:
 class Rules:
     """Rules that came with a release."""
 
-    admits_whole_sequences: bool
-    takes_unfindable_blocks_first: bool
+    admits_whole_sequences: bool = True
+    takes_unfindable_blocks_first: bool = True
+    # A lone request, waiting or running, is not held to `long_prefill_token_threshold`.
+    spares_lone_requests: bool = False
+    # With priorities: the step goes on behind a victim wherever it stood, and behind a request that preempted itself.
+    # Before, the request behind a victim that was passed over (its last token in flight) missed its turn, and a request
+    # that preempted itself ended the step for all behind it.
+    keeps_place_after_preemption: bool = False
 
 
 RULES = {
     "0.15.1": Rules(admits_whole_sequences=False, takes_unfindable_blocks_first=False),
-    "0.19.0": Rules(admits_whole_sequences=True, takes_unfindable_blocks_first=False),
-    "0.24.0": Rules(admits_whole_sequences=True, takes_unfindable_blocks_first=True),
-    "0.33.0": Rules(admits_whole_sequences=True, takes_unfindable_blocks_first=True),
+    "0.19.0": Rules(takes_unfindable_blocks_first=False),
+    "0.24.0": Rules(),
+    "0.33.0": Rules(spares_lone_requests=True, keeps_place_after_preemption=True),
 }
 """By recorded release."""
 
@@ -65,6 +71,8 @@ class Request:
     group_blocks: list[list] = field(default_factory=list)  # by group of layers, see `reference_groups`
     shared_prefix: int = 0
     preemptions: int = 0
+    priority: int = 0  # the smallest comes first
+    arrival_time: float = 0.0  # as its front end says
 
     @property
     def is_alive(self) -> bool:
@@ -73,6 +81,11 @@ class Request:
     @property
     def total_tokens(self) -> int:
         return self.prompt_tokens + self.output_tokens
+
+    @property
+    def place_in_queue(self) -> tuple[int, float, str]:
+        """Where priorities decide, requests wait in this order; vLLM's request ids are texts."""
+        return self.priority, self.arrival_time, str(self.index)
 
     def append_output(self) -> None:
         """The next output token becomes known."""
@@ -89,7 +102,14 @@ def make_request(description: dict) -> Request:
         output_tokens=description["output_tokens"],
         output_content=("text of request", description["index"]) if content is None else content,
         tokens=prompt,
+        priority=description.get("priority", 0),
+        arrival_time=arrival_time(description),
     )
+
+
+def arrival_time(description: dict) -> float:
+    """When a request arrived by its own account; unless it says otherwise, when it reaches the engine."""
+    return float(description.get("arrival_time", description.get("arrival_us", description.get("arrival_step"))))
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -271,11 +291,13 @@ class Step:
 
 
 class Scheduler:
-    """Continuous batching, first come, first served."""
+    """Continuous batching: first come, first served, or by priority."""
 
     def __init__(self, config: dict):
         self.max_num_seqs: int = config["max_num_seqs"]
         self.max_num_batched_tokens: int = config["max_num_batched_tokens"]
+        self.by_priority: bool = config.get("scheduling_policy", "fcfs") == "priority"
+        self.long_prefill_token_threshold: int = config.get("long_prefill_token_threshold", 0)
         self.rules = RULES[config.get("vllm_version", "0.15.1")]
         if "kv_groups" in config:
             from reference_groups import GroupedPool
@@ -283,7 +305,7 @@ class Scheduler:
             self.pool: BlockPool = GroupedPool(config, self.rules)
         else:
             self.pool = BlockPool(config, self.rules)
-        self.waiting: deque[Request] = deque()
+        self.waiting: deque[Request] = deque()  # the first one is next
         self.running: list[Request] = []  # in order of admission
         self.n_steps = 0
         # vLLM tells the workers about ended requests with the next batch, even an empty one. So after the last
@@ -296,15 +318,22 @@ class Scheduler:
 
     def add(self, request: Request) -> None:
         self.waiting.append(request)
+        self._sort_waiting()
+
+    def _sort_waiting(self) -> None:
+        if self.by_priority:
+            self.waiting = deque(sorted(self.waiting, key=lambda request: request.place_in_queue))
 
     def schedule(self) -> Step:
         """Choose the next batch. What it will compute counts as computed from here on."""
         budget = self.max_num_batched_tokens
-        rows: list[tuple[Request, int]] = []
+        rows: dict[Request, int] = {}
         preempted: list[int] = []
         cached_tokens: list[tuple[int, int]] = []
+        most_tokens = self._most_tokens_of_a_request()
 
-        # Running requests first, in order of admission: decodes and unfinished prefills alike.
+        # Running requests first, in order of admission: decodes and unfinished prefills alike. Behind long prompts the
+        # budget may end before all have had their turn.
         position = 0
         while position < len(self.running) and budget > 0:
             request = self.running[position]
@@ -314,11 +343,26 @@ class Scheduler:
                 # preempted.
                 position += 1
                 continue
-            new_tokens = min(len(request.tokens) + request.in_flight - request.kv_len, budget)
+            new_tokens = min(len(request.tokens) + request.in_flight - request.kv_len, most_tokens, budget)
             assert new_tokens > 0
-            if not self._make_room(request, new_tokens, preempted):
-                break  # it preempted itself, so it was the last one
-            rows.append((request, new_tokens))
+            while request.state == "running" and not self.pool.allocate(request, request.kv_len + new_tokens, []):
+                victim = self._victim()
+                place = self.running.index(victim)
+                del self.running[place]
+                # A victim that had its turn already gives its tokens back.
+                had_turn = victim in rows
+                budget += rows.pop(victim, 0)
+                if had_turn or (place < position and self.rules.keeps_place_after_preemption):
+                    position -= 1
+                self._preempt(victim)
+                preempted.append(victim.index)
+            if request.state != "running":  # it preempted itself
+                if self.by_priority and self.rules.keeps_place_after_preemption:
+                    continue
+                break
+            # Only blocks whose tokens are all known get registered: a token still in flight has no hash yet.
+            self.pool.register_full_blocks(request, min(request.kv_len + new_tokens, len(request.tokens)))
+            rows[request] = new_tokens
             budget -= new_tokens
             position += 1
 
@@ -330,7 +374,7 @@ class Scheduler:
             cached = self.pool.find_cached(request.tokens)
             hit_tokens = len(cached) * self.pool.block_size
             # A prompt longer than the budget starts with what is left of it, and gets blocks for that chunk only.
-            new_tokens = min(len(request.tokens) - hit_tokens, budget)
+            new_tokens = min(len(request.tokens) - hit_tokens, most_tokens, budget)
             # Newer releases admit a request only if all its tokens would fit, though it gets blocks for the chunk.
             if self.rules.admits_whole_sequences and not self.pool.fits(request, len(request.tokens), cached):
                 break
@@ -343,12 +387,12 @@ class Scheduler:
             request.state = "running"
             request.kv_len = hit_tokens
             cached_tokens.append((request.index, hit_tokens))
-            rows.append((request, new_tokens))
+            rows[request] = new_tokens
             budget -= new_tokens
 
         step = Step(
             number=self.n_steps,
-            rows=[self._commit(request, new_tokens) for request, new_tokens in rows],
+            rows=[self._commit(request, new_tokens) for request, new_tokens in rows.items()],
             preempted=preempted,
             cached_tokens=cached_tokens,
             blocks_in_use=self.pool.blocks_in_use,
@@ -359,20 +403,22 @@ class Scheduler:
         self.has_ended_requests_to_report = False
         return step
 
-    def _make_room(self, request: Request, new_tokens: int, preempted: list[int]) -> bool:
-        """Allocate blocks for a running request, preempting from the end of the running list until it fits."""
-        while not self.pool.allocate(request, request.kv_len + new_tokens, []):
-            victim = self.running.pop()
-            self._preempt(victim)
-            preempted.append(victim.index)
-            if victim is request:
-                return False
-        # Only blocks whose tokens are all known get registered: a token still in flight has no hash yet.
-        self.pool.register_full_blocks(request, min(request.kv_len + new_tokens, len(request.tokens)))
-        return True
+    def _most_tokens_of_a_request(self) -> int:
+        is_lone = len(self.running) + len(self.waiting) <= 1
+        if self.long_prefill_token_threshold == 0 or (is_lone and self.rules.spares_lone_requests):
+            return self.max_num_batched_tokens
+        return self.long_prefill_token_threshold
+
+    def _victim(self) -> Request:
+        """Who gives up its blocks: the last one, or the last to arrive of the least important."""
+        if self.by_priority:
+            return max(self.running, key=lambda request: (request.priority, request.arrival_time))
+        return self.running[-1]
 
     def _preempt(self, victim: Request) -> None:
-        """Free all its blocks and start it over, from the front of the queue. Its outputs so far are prompt now.
+        """Free all its blocks and start it over, from the front of the queue, or from the place that its priority gives it.
+
+        Its outputs so far are prompt now.
 
         A token of the victim in flight is not lost: it is appended when that step's output is processed.
         """
@@ -381,6 +427,7 @@ class Scheduler:
         victim.state = "waiting"
         victim.preemptions += 1
         self.waiting.appendleft(victim)
+        self._sort_waiting()
 
     @staticmethod
     def _commit(request: Request, new_tokens: int) -> tuple[Request, int, int, bool]:
