@@ -18,7 +18,6 @@ from stepcal.specs.architecture import ModelArchitecture, resolve_architecture
 from stepcal.specs.deployment import Deployment
 from stepcal.specs.hardware import resolve_accelerator
 from stepcal.specs.kv_offloading import offload_blocks
-from stepcal.specs.layer_windows import read_layer_windows
 from stepcal.specs.sampling import Sampling, read_sampling
 from stepcal.step_time.coefficients import load_coefficients
 from stepcal.step_time.serve import simulate
@@ -60,22 +59,16 @@ def run_simulation(options: SimulateOptions, on_progress: Progress | None = None
     """
     if options.steps is not None:
         refuse_unwritable(options.steps)
-    longest = options.server.max_model_len
-    windows = read_layer_windows(options.architecture, longest)
-    architecture = resolve_architecture(
-        options.architecture, max_model_len=longest if windows is None else windows.window
-    )
+    architecture = resolve_architecture(options.architecture, max_model_len=options.server.max_model_len)
     pool = offload_blocks(architecture, options.kv_offloading_gib, block_size=options.server.block_size)
     server = replace(options.server, offload_blocks=pool)
-    if windows is not None:
-        server = replace(server, kv_groups=windows.kv_groups())
     coefficients = load_coefficients(options.coefficients)
     if options.load.experiment is not None:
         coefficients = coefficients.of_experiment(options.load.experiment)
     accelerator = resolve_accelerator(options.accelerator)
     sampling, sampled = _sampling(options, architecture)
     deployment = Deployment(architecture, accelerator, options.tensor_parallel, server, sampling)
-    load = served_load(options.load, server)
+    load = served_load(options.load, deployment.limits)
     result = simulate(
         load.requests,
         deployment,

@@ -22,6 +22,7 @@ from stepcal.simulator.steptime import add_components
 from stepcal.specs.deployment import Deployment
 from stepcal.specs.step_work import all_reduce_bytes, gemm_flops, kv_bytes_per_token, weight_bytes
 from stepcal.step_time.coefficients import StepTimeModel
+from stepcal.step_time.windows import with_window
 from stepcal.units import US_PER_S, FloatArray
 
 N_ALPHA = 3
@@ -190,7 +191,7 @@ def fitted_block(coefficients: StepTimeModel, deployment: Deployment) -> tuple[B
     prefill, context, decode = (np.array(column, dtype=float) for column in zip(*grid, strict=True))
     n_prefill = np.minimum(prefill, 1.0)
     compiled = coefficients.compile(deployment)
-    known = np.array([add_components(compiled(step_batch(p, c, b))) for p, c, b in grid])
+    known = np.array([add_components(compiled(with_window(step_batch(p, c, b), deployment))) for p, c, b in grid])
     terms = physics_terms(deployment, prefill, prefill, decode, decode * context, n_prefill)
     beta, _ = nnls(terms / known[:, None], np.ones(len(known)))
     errors = 100.0 * (terms @ beta / known - 1.0)

@@ -17,11 +17,11 @@ from stepcal.errors import InputError, NotModelledError, shown
 from stepcal.experiments.vllm_flags import flags_of, human_number
 from stepcal.simulator import ServerConfig
 from stepcal.simulator.config import NOT_MODELLED, check_block_size
-from stepcal.simulator.versions import OLDEST, VllmRelease, release_of, version_note
+from stepcal.simulator.versions import NEWEST, OLDEST, VllmRelease, release_of, version_note
 from stepcal.specs.architecture import ModelArchitecture
 from stepcal.specs.hardware import FILE_ENDINGS, Accelerator, load_accelerator, named_in_text, resolve_accelerator
 from stepcal.specs.kv_offloading import offload_blocks
-from stepcal.specs.step_work import kv_bytes_per_token
+from stepcal.specs.step_work import kv_block_bytes
 from stepcal.specs.weight_formats import online_widths
 from stepcal.units import BYTES_PER_GIB
 
@@ -37,7 +37,7 @@ KV_BYTES_KEY = "kv_cache_memory_bytes"
 DTYPES = ("auto", "half", "float16", "bfloat16", "fp16", "bf16")
 QUANTISATIONS = {
     "awq": ("int4",), "awq_marlin": ("int4",), "gptq": ("int4", "int8"), "gptq_marlin": ("int4", "int8"), "fp8": ("fp8",),
-    "modelopt": ("fp8",), "modelopt_fp4": ("fp4",), "mxfp4": ("fp4",), "bitsandbytes": ("int4", "int8"),
+    "modelopt": ("fp8",), "modelopt_fp4": ("fp4",), "mxfp4": ("mxfp4",), "bitsandbytes": ("int4", "int8"),
 }  # fmt: skip
 """Widths that a checkpoint can have for each of vLLM's methods."""
 OFFLOAD_KEY = "kv_offloading_size"
@@ -221,7 +221,7 @@ def server_of(
     InputError
         If a setting is of the wrong kind or out of bounds.
     """
-    version, of_version = _version(settings)
+    version, of_version = _version(settings, architecture)
     release = release_of(version)
     limits, notes = _limits(settings, architecture, accelerator, release)
     block_size = settings.whole("block_size")
@@ -233,33 +233,34 @@ def server_of(
     for name in SWITCHES:
         if not isinstance(others.get(name, True), bool):
             raise InputError(f"{settings.path}: `{name}` is {others[name]!r}; it must be true or false.")
+    windows = architecture.windows_within(limits["max_model_len"])
     kv_type = str(settings.values.get("kv_cache_dtype") or KV_TYPES[0])
     if kv_type not in KV_TYPES:
         raise NotModelledError(
             f"`kv_cache_dtype: {kv_type}` asks for what the simulator does not model: KV caches of other than two bytes an "
             "element."
         )
+    block_bytes = kv_block_bytes(
+        architecture, windows, tensor_parallel=tensor_parallel, block_size=block_size or ServerConfig.block_size
+    )
     given = settings.whole(*KV_BLOCK_KEYS)
     blocks = kv_blocks if given is None else given
     if blocks is None and settings.values.get(KV_BYTES_KEY) is not None:
-        blocks, note = _blocks_in(settings, architecture, tensor_parallel, block_size or ServerConfig.block_size)
+        blocks, note = _blocks_in(settings, architecture, block_bytes)
         notes.append(note)
     if blocks is None:
-        size = ServerConfig.block_size if block_size is None else block_size
         share = settings.values.get("gpu_memory_utilization", release.gpu_memory_utilization)
-        blocks, note = _estimated_blocks(settings, architecture, accelerator, tensor_parallel, size, share)
+        blocks, note = _estimated_blocks(settings, architecture, accelerator, tensor_parallel, block_bytes, share)
         notes.append(note)
     limits |= {"offload_blocks": offload}
     server = {"kv_blocks": blocks, **limits, **others, "vllm_version": version}
     return ServerConfig.from_vllm_arguments(server), notes + of_version
 
 
-def _blocks_in(
-    settings: Settings, architecture: ModelArchitecture, tensor_parallel: int, block_size: int
-) -> tuple[int, str]:
+def _blocks_in(settings: Settings, architecture: ModelArchitecture, block_bytes: float) -> tuple[int, str]:
     """KV blocks that fit into the memory of `kv_cache_memory_bytes`, which vLLM takes for each GPU, and a note."""
     size = settings.whole(KV_BYTES_KEY) or 0
-    blocks = int(size // (block_size * kv_bytes_per_token(architecture, tensor_parallel=tensor_parallel)))
+    blocks = int(size // block_bytes)
     if blocks < 2:
         raise InputError(
             f"{settings.path}: `{KV_BYTES_KEY}` is {size:,}, which holds no two KV blocks of {architecture.name}."
@@ -311,9 +312,12 @@ def served_architecture(settings: Settings, architecture: ModelArchitecture) -> 
     return narrow, [f"`quantization: {method}`: the weights of the layers are taken to be {online[0]} from loading on."]
 
 
-def _version(settings: Settings) -> tuple[str, list[str]]:
+def _version(settings: Settings, architecture: ModelArchitecture) -> tuple[str, list[str]]:
     """Release of vLLM, and a note where it was not recorded or is not given: then it is the one of the study's servers."""
     given = settings.values.get(VERSION_KEY)
+    slides = architecture.windows_within(settings.whole("max_model_len")) is not None
+    if given is None and slides and not release_of(OLDEST).has_recorded_groups:
+        return NEWEST, [f"`{VERSION_KEY}` is absent; {NEWEST}, whose KV cache of windows was recorded, was assumed."]
     if given is None:
         return OLDEST, [f"`{VERSION_KEY}` is absent; {OLDEST}, on which the coefficients were calibrated, was assumed."]
     note = version_note(str(given))
@@ -367,7 +371,7 @@ def _estimated_blocks(
     architecture: ModelArchitecture,
     accelerator: Accelerator,
     tensor_parallel: int,
-    block_size: int,
+    block_bytes: float,
     share: Any,
 ) -> tuple[int, str]:
     """KV blocks that fit beside the weights, and a note that says so."""
@@ -375,8 +379,8 @@ def _estimated_blocks(
         raise InputError(f"{settings.path}: `gpu_memory_utilization` is {share!r}; it must be above 0 and at most 1.")
     weights_gib = architecture.weights_bytes() / tensor_parallel / BYTES_PER_GIB
     overhead_gib = OVERHEAD_GIB + (OVERHEAD_OF_RANKS_GIB if tensor_parallel > 1 else 0.0)
-    block_gib = block_size * kv_bytes_per_token(architecture, tensor_parallel=tensor_parallel) / BYTES_PER_GIB
-    blocks = int((share * _memory_gib(accelerator) - weights_gib - overhead_gib) / block_gib)
+    left_gib = share * _memory_gib(accelerator) - weights_gib - overhead_gib
+    blocks = int(left_gib / (block_bytes / BYTES_PER_GIB))
     way_out = f"vLLM logs the number at start-up; add it as `{KV_BLOCK_KEYS[0]}` to {settings.path}."
     if blocks < 2:
         raise InputError(

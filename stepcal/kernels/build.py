@@ -19,11 +19,12 @@ import pandas as pd
 
 from stepcal.errors import InputError
 from stepcal.files import write_atomically
-from stepcal.kernels.constants import ALL_REDUCE_FILE, ANY, KERNELS_FILE, NUMBERS
-from stepcal.kernels.fit import FittedKernel, fit_gpu
-from stepcal.kernels.forms import BYTES_PER_ACTIVATION, ELEMENTWISE, KernelConstants
+from stepcal.kernels.constants import ADDED_FILE, ALL_REDUCE_FILE, ANY, KERNELS_FILE, NUMBERS
+from stepcal.kernels.fit import L2_BYTES, FittedKernel, fit_experts, fit_gpu
+from stepcal.kernels.forms import BYTES_PER_ACTIVATION, ELEMENTWISE, GEMM, KernelConstants
+from stepcal.kernels.mla_fit import fit_mla
 from stepcal.kernels.silicon import MODELS, config_of, silicon_rows
-from stepcal.kernels.tables import WHEEL, KernelTables, open_wheel
+from stepcal.kernels.tables import LATER_DTYPES, WHEEL, KernelTables, open_wheel
 from stepcal.locations import data_folder
 from stepcal.specs.hardware import GIGA, TERA, Accelerator, load_accelerator
 from stepcal.units import US_PER_S
@@ -67,13 +68,15 @@ def build(wheel: Path, out: Path) -> list[Path]:
     kernels = {name: fit_gpu(name, tables[name], gpu) for name, gpu in gpus.items()}
     fitted = {name: [*(k.constants for k in own), _elementwise(tables[name])] for name, own in kernels.items()}
     fitted[ANY] = typical(fitted)
-    rows = [_row(name, constants) for name, own in fitted.items() for constants in sorted(own, key=_key)]
+    added = {name: fit_added(name, tables[name], gpu, fitted[name]) for name, gpu in gpus.items()}
+    added[ANY] = typical(added)
     links = [
         tables[name].all_reduce().assign(gpu=name, basis=f"comm, vLLM {tables[name].version('comm')}") for name in gpus
     ]
     link_table = pd.concat(links)[["gpu", "ranks", "message_bytes", "latency_us", "basis"]].round({"latency_us": 3})
     written = {
-        KERNELS_FILE: pd.DataFrame(rows),
+        KERNELS_FILE: _table(fitted),
+        ADDED_FILE: _table(added),
         ALL_REDUCE_FILE: link_table,
         SAMPLE_FILE: pd.concat([_sample(name, kernel) for name, own in kernels.items() for kernel in own]),
         DATASHEET_FILE: pd.concat([compare_datasheet(gpus[name], tables[name]) for name in gpus]),
@@ -86,6 +89,34 @@ def build(wheel: Path, out: Path) -> list[Path]:
     for name in MODELS.values():
         write_atomically(models / f"{name}.json", json.dumps(config_of(wheel, name), indent=1) + "\n")
     return [out / name for name in written]
+
+
+def fit_added(
+    gpu: str, tables: KernelTables, accelerator: Accelerator, fitted: list[KernelConstants]
+) -> list[KernelConstants]:
+    """Fit the kernels that came after `KERNELS_FILE` was frozen: experts in MXFP4, and latent attention.
+
+    Parameters
+    ----------
+    gpu : str
+    tables : KernelTables
+    accelerator : Accelerator
+    fitted : list of KernelConstants
+        Those of the file, whose products are taken off the modules of latent attention.
+    """
+    products = next(c for c in fitted if (c.kernel, c.precision) == (GEMM, "bf16"))
+    experts, found = tables.experts(LATER_DTYPES), fit_mla(tables, accelerator, products)
+    for precision in experts["precision"].unique():
+        own = experts[experts["precision"] == precision]
+        basis = f"moe, vLLM {tables.version('moe')}"
+        one = fit_experts(own, accelerator, precision, L2_BYTES[gpu], basis=basis)
+        found += [] if one is None else [one]
+    return [kernel.constants for kernel in found]
+
+
+def _table(fitted: dict[str, list[KernelConstants]]) -> pd.DataFrame:
+    """Constants of all GPUs as rows of a file."""
+    return pd.DataFrame([_row(name, constants) for name, own in fitted.items() for constants in sorted(own, key=_key)])
 
 
 def typical(fitted: dict[str, list[KernelConstants]]) -> list[KernelConstants]:

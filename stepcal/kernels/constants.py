@@ -1,7 +1,8 @@
 """The kernels of a GPU: constants that were fitted to its tables, and what stands in where it has none, said loudly.
 
-``data/hardware/kernels.csv`` and ``all_reduce.csv`` hold the constants (`make kernels`). Rows of the GPU ``any`` are the
-medians over all GPUs, for a GPU's own datasheet; their residual is the error of each GPU by the medians of the others.
+``data/hardware/kernels.csv``, ``kernels_added.csv`` and ``all_reduce.csv`` hold the constants (`make kernels`).
+Rows of the GPU ``any`` are the medians over all GPUs, for a GPU's own datasheet; their residual is the error of each GPU by
+the medians of the others.
 """
 
 from __future__ import annotations
@@ -21,8 +22,12 @@ from stepcal.specs.hardware import Accelerator
 
 ANY = "any"
 KERNELS_FILE, ALL_REDUCE_FILE = "kernels.csv", "all_reduce.csv"
+ADDED_FILE = "kernels_added.csv"
+"""Kernels that came after `KERNELS_FILE` was frozen with the default coefficients; none of them stands there."""
 NUMBERS = ("floor_us", "unit_us", "bandwidth_share", "compute_share", "sharpness", "residual_log_sd")
-NEXT_PRECISION = {"fp8_block": "fp8", "int8": "fp8", "int4": "bf16", "nvfp4": "fp8", "fp8": "bf16"}
+NEXT_PRECISION = {
+    "fp8_block": "fp8", "int8": "fp8", "int4": "bf16", "nvfp4": "fp8", "mxfp4": "int4", "fp8": "bf16",
+}  # fmt: skip
 """Whose floor and shares stand in for a precision that no GPU has tables for; its own bytes and peak count."""
 UNKNOWN_PRECISION_LOG_SD = 0.3
 """Error to expect then: about what FP8 products differ by from the constants of BF16 on the GPUs that have both."""
@@ -189,8 +194,12 @@ def _similar_link(accelerator: Accelerator) -> str:
 @functools.cache
 def _shipped() -> dict[str, dict[tuple[str, str], KernelConstants]]:
     table: dict[str, dict[tuple[str, str], KernelConstants]] = {}
-    for row in _rows(KERNELS_FILE):
-        table.setdefault(row["gpu"], {})[row["kernel"], row["precision"]] = _constants(row, KERNELS_FILE)
+    for name in (KERNELS_FILE, ADDED_FILE):
+        for row in _rows(name):
+            own, key = table.setdefault(row["gpu"], {}), (row["kernel"], row["precision"])
+            if key in own:
+                raise InputError(f"{name} has `{key[0]}` in {key[1]} of `{row['gpu']}` again. Remove the row.")
+            own[key] = _constants(row, name)
     return table
 
 

@@ -6,7 +6,7 @@ model's are not. So nothing is interpolated: rows that the cache helps are left 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -146,8 +146,8 @@ def fit_gemm(
         fixed["floor_us"] = floor_us
         chosen &= measured > HOST_BOUND * np.quantile(measured[chosen], SOFT)
     free = [c for c in ("floor_us", "bandwidth_share", "compute_share", "sharpness") if c not in fixed]
-    start = KernelConstants(GEMM, precision, basis=basis, **dict[str, Any](_starts(free) | fixed))
-    return _fit(start, free, measured, chosen, lambda c: c.time_us(memory, compute))
+    start = KernelConstants(GEMM, precision, basis=basis, **dict[str, Any](starts(free) | fixed))
+    return fit_constants(start, free, measured, chosen, lambda c: c.time_us(memory, compute))
 
 
 def fit_experts(
@@ -167,9 +167,9 @@ def fit_experts(
     chosen = (read > l2_bytes) & (inner >= NARROWEST_EXPERT) & (tokens <= LARGEST_ROWS)
     chosen &= (visits <= MOST_EXPERTS_A_TOKEN) & (hidden != UNGATED_HIDDEN)
     free = [f.name for f in fields(KernelConstants) if f.name in LIMITS]
-    start = KernelConstants(EXPERTS, precision, basis=basis, **dict[str, Any](_starts(free)))
+    start = KernelConstants(EXPERTS, precision, basis=basis, **dict[str, Any](starts(free)))
     measured = own["latency_us"].to_numpy(dtype=float)
-    return _fit(start, free, measured, chosen, lambda c: c.time_us(memory, compute, units=touched))
+    return fit_constants(start, free, measured, chosen, lambda c: c.time_us(memory, compute, units=touched))
 
 
 def fit_decode_attention(
@@ -183,9 +183,9 @@ def fit_decode_attention(
     chosen = ((read > COLD * l2_bytes) | (read < WARM * l2_bytes)) & (context >= SHORTEST_CONTEXT)
     memory = read * US_PER_S / accelerator.hbm_bandwidth
     free = ["floor_us", "unit_us", "bandwidth_share"]
-    start = KernelConstants(DECODE_ATTENTION, precision, basis=basis, **dict[str, Any](_starts(free)))
+    start = KernelConstants(DECODE_ATTENTION, precision, basis=basis, **dict[str, Any](starts(free)))
     measured = own["latency_us"].to_numpy(dtype=float)
-    return _fit(start, free, measured, chosen, lambda c: c.time_us(memory, units=heads))
+    return fit_constants(start, free, measured, chosen, lambda c: c.time_us(memory, units=heads))
 
 
 def fit_prefill_attention(
@@ -199,23 +199,25 @@ def fit_prefill_attention(
     moved = batch * length * 2 * (heads + own["num_key_value_heads"].to_numpy(dtype=float)) * HEAD_DIM
     memory = moved * BYTES_PER_ACTIVATION * US_PER_S / accelerator.hbm_bandwidth
     free = ["floor_us", "bandwidth_share", "compute_share"]
-    start = KernelConstants(PREFILL_ATTENTION, precision, basis=basis, **dict[str, Any](_starts(free)))
+    start = KernelConstants(PREFILL_ATTENTION, precision, basis=basis, **dict[str, Any](starts(free)))
     measured = own["latency_us"].to_numpy(dtype=float)
-    return _fit(start, free, measured, length >= SHORTEST_PROMPT, lambda c: c.time_us(memory, compute))
+    return fit_constants(start, free, measured, length >= SHORTEST_PROMPT, lambda c: c.time_us(memory, compute))
 
 
-def _starts(free: list[str]) -> dict[str, float]:
+def starts(free: list[str]) -> dict[str, float]:
+    """Where the search for some constants begins."""
     return {name: STARTS[name] for name in free}
 
 
-def _fit(
+def fit_constants(
     start: KernelConstants,
     free: list[str],
     measured_us: FloatArray,
     chosen: BoolArray,
     predict_us: Callable[[KernelConstants], NDArray[np.float64]],
+    limits: Mapping[str, tuple[float, float]] = LIMITS,
 ) -> FittedKernel | None:
-    """Fit the free constants to the chosen rows, on logarithms; None where there are too few."""
+    """Fit the free constants to the chosen rows, on logarithms; None where there are too few or the form misses them."""
     if chosen.sum() < FEWEST_ROWS:
         return None
 
@@ -223,12 +225,12 @@ def _fit(
         constants = replace(start, **dict[str, Any](zip(free, np.exp(x).tolist(), strict=True)))
         return np.log(predict_us(constants) / measured_us)[chosen]
 
-    low, high = (np.log([LIMITS[name][side] for name in free]) for side in (0, 1))
+    low, high = (np.log([limits[name][side] for name in free]) for side in (0, 1))
     first = np.log([getattr(start, name) for name in free])
     solution = least_squares(residuals, first, bounds=(low, high), loss="soft_l1", f_scale=SOFT)
     found = dict[str, Any](zip(free, np.exp(solution.x).tolist(), strict=True))
     spread = NORMAL_SD * float(np.median(np.abs(residuals(solution.x))))
-    at_bound = any(found.get(name, 1.0) <= AT_BOUND * LIMITS[name][0] for name in ("bandwidth_share", "compute_share"))
+    at_bound = any(found.get(name, 1.0) <= AT_BOUND * limits[name][0] for name in ("bandwidth_share", "compute_share"))
     if spread > WORST_SPREAD or at_bound:
         return None
     constants = replace(start, **found, residual_log_sd=spread, n_rows=int(chosen.sum()))

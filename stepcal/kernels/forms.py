@@ -17,9 +17,10 @@ from stepcal.units import US_PER_S, FloatArray
 
 GEMM, EXPERTS, ELEMENTWISE = "gemm", "experts", "elementwise"
 DECODE_ATTENTION, PREFILL_ATTENTION = "decode_attention", "prefill_attention"
-KERNELS = (GEMM, EXPERTS, DECODE_ATTENTION, PREFILL_ATTENTION, ELEMENTWISE)
-PRECISIONS = {"bf16": 2.0, "fp8": 1.0, "fp8_block": 1.0, "int8": 1.0, "int4": 0.5, "nvfp4": 0.5625}
-"""Bytes of a stored weight, scales included where they are not negligible (nvfp4: one byte for 16 weights)."""
+MLA_DECODE, MLA_PREFILL = "mla_decode", "mla_prefill"
+KERNELS = (GEMM, EXPERTS, DECODE_ATTENTION, PREFILL_ATTENTION, ELEMENTWISE, MLA_DECODE, MLA_PREFILL)
+PRECISIONS = {"bf16": 2.0, "fp8": 1.0, "fp8_block": 1.0, "int8": 1.0, "int4": 0.5, "nvfp4": 0.5625, "mxfp4": 0.53125}
+"""Bytes of a stored weight, scales included where they are not negligible (one byte for 16 in nvfp4, for 32 in mxfp4)."""
 BYTES_PER_ACTIVATION = 2.0
 FLOPS_PER_MAC = 2.0
 MATRICES_OF_AN_EXPERT = 3
@@ -37,7 +38,8 @@ class KernelConstants:
     floor_us : float
         Time of a launch with hardly any work.
     unit_us : float
-        Time a unit: a request and KV head of decode attention, an expert that is touched; else 0.
+        Time a unit: a request and KV head of decode attention, an expert that is touched, a request of latent attention's
+        decode and a token of its prefill; else 0.
     bandwidth_share, compute_share : float
         Shares of the datasheet's bandwidth and peak that long kernels reach.
     sharpness : float

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import zipfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -42,6 +43,8 @@ COMMON_VERSION = "0.24.0"
 COLLECTIVES = "comm"
 DTYPES = {"bfloat16": "bf16", "fp8": "fp8", "fp8_block": "fp8_block", "int4_wo": "int4", "nvfp4": "nvfp4"}
 """Precisions of the tables that are modelled, by the tables' names."""
+LATER_DTYPES = {"w4a16_mxfp4": "mxfp4"}
+"""Precisions that were added after the constants of the others had been frozen."""
 BYTES_PER_ELEMENT = 2
 GRAPH = "vllm_graph"
 
@@ -64,7 +67,7 @@ class KernelTables:
         """Matrix products: `precision`, `m`, `n`, `k`, `latency_us`, the fastest kernel of each."""
         return self._fastest("gemm", "gemm_perf", "gemm_dtype", ["m", "n", "k"])
 
-    def experts(self) -> pd.DataFrame:
+    def experts(self, dtypes: Mapping[str, str] = DTYPES) -> pd.DataFrame:
         """Grouped experts: `precision`, dimensions, `distribution` of the routing, `latency_us`; no expert parallelism."""
         keys = [
             "num_tokens",
@@ -76,7 +79,7 @@ class KernelTables:
             "moe_ep_size",
             "distribution",
         ]
-        table = self._fastest("moe", "moe_perf", "moe_dtype", keys)
+        table = self._fastest("moe", "moe_perf", "moe_dtype", keys, dtypes)
         return table[table["moe_ep_size"] == 1].reset_index(drop=True)
 
     def decode_attention(self) -> pd.DataFrame:
@@ -87,6 +90,23 @@ class KernelTables:
     def prefill_attention(self) -> pd.DataFrame:
         """Prefill attention of one layer: `precision` of the cache, `batch_size`, `isl`, heads, `latency_us`."""
         return self._attention("context_attention_perf")
+
+    def mla(self, phase: str) -> pd.DataFrame:
+        """Modules of latent attention with all their products, of a phase (``generation``, ``context``).
+
+        `precision` of the cache, `gemm_type`, `batch_size`, `num_heads`, `isl`, `context`, `latency_us`; empty where the
+        GPU has none.
+        """
+        try:
+            table = self._read("mla", f"mla_{phase}_module_perf")
+        except InputError:
+            return pd.DataFrame({"precision": [], "gemm_type": []})
+        table = table[(table["mla_dtype"] == "bfloat16") & (table["latency"] > 0)]
+        return table.assign(
+            precision=table["kv_cache_dtype"].map(DTYPES),
+            context=table["step"] + table["isl"],
+            latency_us=table["latency"] * US_PER_MS,
+        ).reset_index(drop=True)
 
     def all_reduce(self) -> pd.DataFrame:
         """All-reduces of vLLM under CUDA graphs: `ranks`, `message_bytes`, `latency_us`, sorted."""
@@ -134,9 +154,11 @@ class KernelTables:
             io.BytesIO(_member(self.wheel, f"{ROOT}/data/{self.system}/{operation}/vllm/{version}/{table}.parquet"))
         )
 
-    def _fastest(self, operation: str, name: str, dtype: str, keys: list[str]) -> pd.DataFrame:
+    def _fastest(
+        self, operation: str, name: str, dtype: str, keys: list[str], dtypes: Mapping[str, str] = DTYPES
+    ) -> pd.DataFrame:
         table = self._read(operation, name)
-        table = table.assign(precision=table[dtype].map(DTYPES), latency_us=table["latency"] * US_PER_MS)
+        table = table.assign(precision=table[dtype].map(dtypes), latency_us=table["latency"] * US_PER_MS)
         known = table[table["precision"].notna() & (table["latency_us"] > 0)]
         fastest: pd.DataFrame = known.groupby(["precision", *keys], as_index=False).agg({"latency_us": "min"})
         return fastest

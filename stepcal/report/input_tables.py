@@ -31,7 +31,9 @@ def models() -> str:
     for name, kind in MODEL_TYPES.items():
         notes = []
         if kind.window:
-            notes.append("`max_model_len` within its window, where the file has one")
+            notes.append(
+                "windows, where the file has one" if kind.window == "all" else "windows of the layers that it names"
+            )
         if kind.mixture is not None:
             notes.append("mixture of experts")
         rows.append((kind.family, f"`{name}`", "; ".join(notes) or "full attention"))

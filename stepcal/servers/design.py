@@ -28,6 +28,7 @@ from stepcal.simulator.steptime import add_components
 from stepcal.specs.deployment import Deployment
 from stepcal.step_time.coefficients import StepTimeModel
 from stepcal.step_time.physical_parameters import LearnedParameter
+from stepcal.step_time.windows import with_window
 from stepcal.units import US_PER_S, FloatArray
 
 LENGTHS = ((64, 32), (128, 512), (512, 256), (1_024, 128), (2_000, 16), (2_000, 512))
@@ -158,9 +159,9 @@ def _candidates(coefficients: StepTimeModel, deployment: Deployment, duration_s:
         for batch in BATCHES:
             if batch > limits.max_num_seqs or batch * (prompt + output) > limits.usable_blocks * limits.block_size:
                 continue
-            decode_us = add_components(step_time(step_batch(0, prompt + output // 2, batch)))
+            decode_us = add_components(step_time(with_window(step_batch(0, prompt + output // 2, batch), deployment)))
             chunk = min(prompt, limits.max_num_batched_tokens)
-            prefill_us = add_components(step_time(step_batch(chunk, 0, 0))) * prompt / chunk
+            prefill_us = add_components(step_time(with_window(step_batch(chunk, 0, 0), deployment))) * prompt / chunk
             # Each request holds the batch for its output, and every other request's prefill interrupts it.
             rate = batch / ((decode_us * output + batch * prefill_us) / US_PER_S)
             stages.append(Stage(float(f"{rate:.3g}"), duration_s, prompt, output, batch))

@@ -20,6 +20,7 @@ from stepcal.step_time.coefficients import StepTimeModel
 from stepcal.step_time.kernel_model import kernel_components_us
 from stepcal.step_time.learned import KERNELS, PHYSICAL
 from stepcal.step_time.physical import PhysicalModel, batch_features
+from stepcal.step_time.windows import tokens_read, with_window
 from stepcal.units import FloatArray
 
 STATISTICS = ("mean", "p50", "p90", "p99")
@@ -62,10 +63,11 @@ def step_batch(prefill_tokens: int, context_tokens: int, decode_requests: int) -
 
 def predict_step(coefficients: StepTimeModel, deployment: Deployment, batch: StepBatch) -> PredictedStep:
     """Predict one step by component."""
-    total = add_components(coefficients.compile(deployment)(batch))
+    batch = with_window(batch, deployment)
+    total, read = add_components(coefficients.compile(deployment)(batch)), tokens_read(batch, deployment)
     parts = _components_us(coefficients, deployment, batch, total)
     tokens = np.array([float(batch.prefill_tokens + batch.decode_tokens)])
-    kv = np.array([float(batch.decode_kv_tokens + batch.prefill_kv_tokens)])
+    kv = np.array([float(read.decode_kv + read.prefill_kv)])
     return PredictedStep(total, parts, float(floor_us(tokens, kv, deployment)[0]))
 
 

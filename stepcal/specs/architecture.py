@@ -17,6 +17,7 @@ from stepcal.documents import read_json_object
 from stepcal.errors import InputError, shown
 from stepcal.locations import data_folder
 from stepcal.specs.config_json import read_fields
+from stepcal.specs.layer_windows import MOST_WINDOW, LayerWindows
 from stepcal.specs.weight_formats import BYTES_PER_ELEMENT, FULL_WIDTH, WeightWidths
 
 MODELOPT_FILE = "hf_quant_config.json"
@@ -62,6 +63,8 @@ class ModelArchitecture:
         layer and one at the end, and the biases that `attention_bias` stands for.
     positions_are_stated : bool
         Whether the file says `max_position_embeddings`; without, it is vLLM's default and no bound.
+    windows : LayerWindows, optional
+        Layers that read a window only, None where all read everything.
     notes : tuple of str
         What of the checkpoint was left out.
 
@@ -94,6 +97,7 @@ class ModelArchitecture:
     weight_widths: WeightWidths | None = None
     other_parameters: int | None = None
     positions_are_stated: bool = True
+    windows: LayerWindows | None = None
     notes: tuple[str, ...] = ()
 
     @classmethod
@@ -153,6 +157,11 @@ class ModelArchitecture:
     def widths(self) -> WeightWidths:
         """Bytes of one stored weight by group of weights, scales included."""
         return self.weight_widths or WeightWidths()
+
+    def windows_within(self, max_model_len: int | None) -> LayerWindows | None:
+        """Return the windows that slide on a server of some context limit: a window at least that long never does."""
+        windows = self.windows
+        return None if windows is None or windows.window >= (max_model_len or MOST_WINDOW) else windows
 
     def num_parameters(self) -> int:
         """Count the weights of the checkpoint: matrices, norms, biases, position tables and gates."""
@@ -239,7 +248,7 @@ class ModelArchitecture:
         name : str, optional
             Defaults to `_name_or_path` in the file, else the file's or its folder's name.
         max_model_len : int, optional
-            The server's context limit. A sliding window at least this long never slides, and is accepted.
+            The server's context limit. A window at least this long never slides, and is left out.
 
         Returns
         -------
@@ -249,7 +258,7 @@ class ModelArchitecture:
         ------
         InputError
             If the file is not JSON, a dimension is missing, or the attention is of a kind that is not modelled
-            (sliding window, latent, linear, state space).
+            (latent, linear, state space, windows of layers that are not named).
         """
         origin = "config"
         if not isinstance(config, Mapping):
@@ -285,7 +294,7 @@ def resolve_architecture(name_or_path: str, *, max_model_len: int | None = None)
     """Return a shipped architecture by name, or read the ``config.json`` at a path.
 
     A file with the dimensions of a shipped model is that model, whatever it is called: fitted families go by its name.
-    A sliding window at least as long as `max_model_len`, the server's context limit, never slides, and is accepted.
+    A window at least as long as `max_model_len`, the server's context limit, never slides, and is left out.
     """
     if not (name_or_path.endswith(".json") or Path(name_or_path).is_file()):
         return load_architecture(name_or_path)

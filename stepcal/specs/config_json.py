@@ -12,6 +12,7 @@ from typing import Any
 from stepcal.errors import InputError, NotModelledError, shown
 from stepcal.specs.config_keys import HINTS, MUST_BE_OFF, NEUTRAL_KEYS, REFUSED_TYPES, VISION_KEYS
 from stepcal.specs.config_values import ConfigValues
+from stepcal.specs.layer_windows import read_windows
 from stepcal.specs.model_type import Mixture, ModelType, words
 from stepcal.specs.model_types import MODEL_TYPES, MULTIMODAL_TYPES
 from stepcal.specs.weight_formats import read_weight_format
@@ -23,8 +24,6 @@ MOST_VOCABULARY = 100_000_000
 """Bounds far above any model: beyond them a file is corrupt, and its numbers would overflow."""
 UNSTATED_POSITIONS = 2_048
 """vLLM's context limit where the file has none (``ModelConfig``, `default_max_len`)."""
-FULL_ATTENTION = frozenset({"full_attention", "global", "attention"})
-WINDOWED_ATTENTION = frozenset({"sliding_attention", "chunked_attention", "local", "sliding_window"})
 ARCHITECTURE_TYPES = {
     "LlamaForCausalLM": "llama", "MistralForCausalLM": "mistral", "MixtralForCausalLM": "mixtral",
     "Qwen2ForCausalLM": "qwen2", "Qwen3ForCausalLM": "qwen3", "FalconForCausalLM": "falcon",
@@ -87,7 +86,8 @@ def read_fields(config: Mapping[str, Any], origin: str, max_model_len: int | Non
     }
     fields["positions_are_stated"] = values.optional_whole(*kind.positions, most=MOST_VOCABULARY) is not None
     fields["other_parameters"] = _other_parameters(kind, values, fields)
-    _refuse_short_window(kind, values, layers, max_model_len or fields["max_position_embeddings"])
+    longest = max_model_len or fields["max_position_embeddings"]
+    fields["windows"] = read_windows(kind, type_name, values, layers, longest)
     _check_allowed(kind, values)
     if values.optional_number("num_nextn_predict_layers") or values.optional_number("num_mtp_modules"):
         notes.append(MTP_LEFT_OUT)
@@ -317,7 +317,10 @@ def _other_parameters(kind: ModelType, values: ConfigValues, sizes: Mapping[str,
     total = layers * layer + (layers - sparse_layers) * dense * values.switch(kind.mlp_bias)
     if kind.mixture is not None and sparse_layers:
         gate = hidden if kind.mixture.shared_gate and sizes["shared_expert_intermediate_size"] else 0
-        total += sparse_layers * (gate + sizes["num_experts"] * kind.mixture.router_bias)
+        own = (sizes["mlp_matrices"] - 1) * sizes["expert_intermediate_size"] + hidden
+        biases = sizes["num_experts"] * (kind.mixture.router_bias + own * kind.mixture.expert_bias)
+        total += sparse_layers * (gate + biases)
+    total += layers * sizes["num_attention_heads"] * kind.attention_sinks
     total += kind.end_norms * vectors * hidden
     if kind.learned_positions is not None:
         total += (sizes["max_position_embeddings"] + kind.learned_positions) * hidden
@@ -340,26 +343,3 @@ def _context_limit(kind: ModelType, values: ConfigValues, type_name: str) -> int
     base = original if rope == "yarn" and isinstance(original, int) and not isinstance(original, bool) else stated
     scaled = base * float(factor)
     return int(scaled) if 1 <= scaled <= MOST_VOCABULARY else stated
-
-
-def _refuse_short_window(kind: ModelType, values: ConfigValues, layers: int, longest: int) -> None:
-    """Refuse a window that the context limit exceeds; `longest` is the server's limit, or else the model's."""
-    types = values.text_list("layer_types")
-    other = sorted(set(types) - FULL_ATTENTION - WINDOWED_ATTENTION)
-    if other:
-        raise NotModelledError(
-            f"{values.origin} has layers of type {shown(other[0])} (`layer_types`), which stepcal does not model."
-        )
-    if types and len(types) != layers:
-        raise InputError(f"{values.origin}: `layer_types` names {len(types)} layers, but the model has {layers}.")
-    slides = bool(WINDOWED_ATTENTION & set(types)) if types else values.flag("use_sliding_window", True)
-    depth = values.optional_whole("max_window_layers", least=0, most=MOST_LAYERS)
-    if not types and depth is not None and depth >= layers and "use_sliding_window" in kind.defaults:
-        slides = False  # Qwen's windows begin above this layer
-    for key in ("sliding_window", "attention_chunk_size"):
-        window = values.optional_whole(key, least=-1, most=MOST_VOCABULARY)
-        if window is not None and window > 0 and window < longest and slides:
-            raise NotModelledError(
-                f"{values.origin} attends to {window} tokens at a time (`{key}`), below the context limit of {longest}, "
-                f"which stepcal does not model. A server limited to `max_model_len` <= {window} never slides: pass that."
-            )

@@ -119,7 +119,6 @@ REFUSED_TYPES: dict[str, str] = {
     **dict.fromkeys(("nemotron-nas", "deci"), "layers that differ from each other (a searched architecture)"),
     **dict.fromkeys(("openelm",), "layers of different widths"),
     **dict.fromkeys(("gemma3n", "gemma3n_text", "gemma4", "gemma4_text"), "layers that share keys and values"),
-    **dict.fromkeys(("gpt_oss",), "attention sinks, and a window of 128 tokens in every other layer"),
     **dict.fromkeys(("phi3small",), "block-sparse attention"),
     **dict.fromkeys(("mllama", "mllama_text_model", "idefics"), "cross-attention layers"),
     **dict.fromkeys(

@@ -6,9 +6,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from stepcal.errors import InputError
-from stepcal.simulator.config import ServerConfig
+from stepcal.simulator.config import KvGroup, ServerConfig
 from stepcal.specs.architecture import ModelArchitecture
 from stepcal.specs.hardware import Accelerator
+from stepcal.specs.layer_windows import LayerWindows
 from stepcal.specs.sampling import NEUTRAL, Sampling
 
 DEFAULT_BLOCK_SIZE = 16
@@ -28,7 +29,8 @@ class Deployment:
     tensor_parallel : int
         Ranks that share each layer.
     server : ServerConfig, optional
-        Scheduler limits. The work of a single step needs none; a simulation does.
+        Scheduler limits. The work of a single step needs none; a simulation does. Where layers of the model read a window
+        only, its `kv_groups` are those of the model unless it has some already.
     sampling : Sampling
         Sampling parameters of the requests, in as far as all share them; by default nothing is cut off or penalised.
 
@@ -76,6 +78,20 @@ class Deployment:
 
     def __post_init__(self) -> None:
         self.architecture.check_tensor_parallel(self.tensor_parallel)
+        windows, server = self.windows, self.server
+        if windows is not None and server is not None and not server.has_groups:
+            object.__setattr__(self, "server", replace(server, kv_groups=windows.kv_groups()))
+
+    @property
+    def windows(self) -> LayerWindows | None:
+        """Layers that read a window below the server's context limit; None where none does."""
+        return self.architecture.windows_within(None if self.server is None else self.server.max_model_len)
+
+    @property
+    def window(self) -> KvGroup:
+        """The window of those layers, as a batch knows it; full attention where there is none."""
+        windows = self.windows
+        return KvGroup() if windows is None else KvGroup(windows.kind, windows.window)
 
     @property
     def limits(self) -> ServerConfig:
@@ -111,4 +127,6 @@ class Deployment:
         InputError
             If it names no server, or a limit is out of bounds.
         """
+        if self.windows is not None:
+            changes = {"kv_groups": (KvGroup(),), **changes}
         return replace(self, server=replace(self.limits, **changes))

@@ -7,20 +7,28 @@ group's layers, so blocks of all groups have one size.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from stepcal.documents import read_json
-from stepcal.simulator.config import KvGroup
-from stepcal.specs.architecture import ModelArchitecture
-from stepcal.specs.step_work import kv_bytes_per_token
+from stepcal.errors import InputError, NotModelledError, shown
+from stepcal.specs.config_values import ConfigValues
+from stepcal.specs.model_type import ModelType
+
+if TYPE_CHECKING:
+    from stepcal.simulator.config import KvGroup
 
 MOST_UNEVEN = 1.5
 """Below this quotient of layers, groups take the larger number and the smaller kind is padded (vLLM's heuristic)."""
-GEMMA_PATTERNS = {"gemma2": 2, "gemma3_text": 6}
+MOST_WINDOW = 100_000_000
+"""Bound far above any model."""
+FULL_ATTENTION = frozenset({"full_attention", "global", "attention"})
+WINDOWED_ATTENTION = frozenset({"sliding_attention", "chunked_attention", "local", "sliding_window"})
+WINDOW_KEYS = {"sliding": "sliding_window", "chunked": "attention_chunk_size"}
+"""Key of the tokens of a window, by kind."""
+FULL_EVERY = {"gemma2": 2, "gemma3_text": 6, "gpt_oss": 2, "cohere2": 4, "olmo3": 4}
 """Every so-manieth layer has full attention where the file does not say (transformers' classes)."""
+NO_CHUNK_EVERY = 4
+"""The same for Llama 4, whose layers without rotary positions are those without chunks."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +53,11 @@ class LayerWindows:
     is_windowed_first: bool = True
 
     @property
+    def share(self) -> float:
+        """Share of the layers that have one."""
+        return self.n_windowed / (self.n_windowed + self.n_full)
+
+    @property
     def layers_per_block(self) -> int:
         """Layers whose keys and values one block holds, padding included."""
         if self.n_full == 0:
@@ -64,57 +77,81 @@ class LayerWindows:
         full = _groups("full", 0, self.n_full, self.layers_per_block)
         return windowed + full if self.is_windowed_first else full + windowed
 
-    def kv_block_bytes(
-        self, architecture: ModelArchitecture, *, tensor_parallel: int = 1, block_size: int = 16
-    ) -> float:
-        """Bytes of a KV block on a rank: what vLLM divides the memory for KV by."""
-        of_a_layer = kv_bytes_per_token(architecture, tensor_parallel=tensor_parallel) / architecture.num_layers
-        return block_size * self.layers_per_block * of_a_layer
-
 
 def _groups(kind: str, window: int, n_layers: int, size: int) -> tuple[KvGroup, ...]:
+    from stepcal.simulator.config import KvGroup
+
     n = -(-n_layers // size)
     return tuple(KvGroup(kind, window, layers=len(range(i, n_layers, n))) for i in range(n))
 
 
-def read_layer_windows(config: Mapping[str, Any] | str | Path, max_model_len: int) -> LayerWindows | None:
-    """The windows of a model whose ``config.json`` says which layers have one; None where none slides.
-
-    Read from `layer_types`, or from the pattern of Gemma 2 and 3. Whatever else has a window is left to
-    `ModelArchitecture.from_config`, which refuses it.
+def read_windows(
+    kind: ModelType, type_name: str, values: ConfigValues, layers: int, longest: int
+) -> LayerWindows | None:
+    """Read which layers of a ``config.json`` have a window; None where none has.
 
     Parameters
     ----------
-    config : mapping, str or Path
-        The parsed file, or its path; the name of a model that ships has no windows.
-    max_model_len : int
-        The server's context limit; a window at least this long never slides.
+    kind : ModelType
+    type_name : str
+    values : ConfigValues
+    layers : int
+    longest : int
+        The server's context limit, or else the model's: a window at least this long never slides.
+
+    Raises
+    ------
+    NotModelledError
+        If some layers have a window and it is not said which, or windows are of two kinds.
+    InputError
+        If `layer_types` does not name every layer.
     """
-    if not isinstance(config, Mapping):
-        if not Path(config).is_file():
-            return None
-        config = read_json(Path(config))
-        if not isinstance(config, Mapping):
-            return None
-    nested = config.get("text_config")
-    values = nested if isinstance(nested, Mapping) else config
-    types, layers = values.get("layer_types"), values.get("num_hidden_layers")
-    pattern = values.get("sliding_window_pattern") or GEMMA_PATTERNS.get(str(values.get("model_type")))
-    if not isinstance(types, list) and isinstance(layers, int) and isinstance(pattern, int) and pattern > 1:
-        types = ["sliding_attention" if (i + 1) % pattern else "full_attention" for i in range(layers)]
-    if not isinstance(types, list) or len(types) != layers:
+    types = values.text_list("layer_types")
+    other = sorted(set(types) - FULL_ATTENTION - WINDOWED_ATTENTION)
+    if other:
+        raise NotModelledError(
+            f"{values.origin} has layers of type {shown(other[0])} (`layer_types`), which stepcal does not model."
+        )
+    if types and len(types) != layers:
+        raise InputError(f"{values.origin}: `layer_types` names {len(types)} layers, but the model has {layers}.")
+    slides = bool(WINDOWED_ATTENTION & set(types)) if types else values.flag("use_sliding_window", True)
+    depth = values.optional_whole("max_window_layers", least=0, most=layers * MOST_WINDOW)
+    if not types and depth is not None and depth >= layers and "use_sliding_window" in kind.defaults:
+        slides = False  # Qwen's windows begin above this layer
+    is_switched_off = bool(types) and not values.flag("use_sliding_window", True)
+    found = {}
+    for name, key in WINDOW_KEYS.items():
+        window = values.optional_whole(key, least=-1, most=MOST_WINDOW)
+        if window is not None and 0 < window < longest and slides:
+            found[name] = window
+    placed = {name: _layers_with(name, kind, type_name, values, layers, types) for name in found}
+    placed = {name: None if is_switched_off else which for name, which in placed.items() if which != [False] * layers}
+    if not placed:
         return None
-    kinds = {
-        "sliding_attention": ("sliding", "sliding_window"),
-        "chunked_attention": ("chunked", "attention_chunk_size"),
-    }
-    found = {name for name in types if name in kinds}
-    if len(found) != 1 or set(types) - found - {"full_attention"}:
-        return None
-    name = found.pop()
-    kind, key = kinds[name]
-    window = values.get(key)
-    if not isinstance(window, int) or isinstance(window, bool) or not 1 < window < max_model_len:
-        return None
-    n = types.count(name)
-    return LayerWindows(kind, window, n, len(types) - n, is_windowed_first=types[0] == name)
+    name, which = next(iter(placed.items()))
+    if which is None or len(placed) > 1 or found[name] < 2:
+        raise NotModelledError(
+            f"{values.origin} attends to {found[name]} tokens at a time (`{WINDOW_KEYS[name]}`), below the context limit of "
+            f"{longest}, in layers that it does not name (`layer_types`), or in two ways: stepcal does not model that. "
+            f"A server limited to `max_model_len` <= {found[name]} never slides: pass that."
+        )
+    return LayerWindows(name, found[name], sum(which), layers - sum(which), is_windowed_first=which[0])
+
+
+def _layers_with(
+    name: str, kind: ModelType, type_name: str, values: ConfigValues, layers: int, types: list[str]
+) -> list[bool] | None:
+    """Which layers have a window of a kind; None where the file does not say."""
+    if types:
+        return [t not in FULL_ATTENTION and (t == "chunked_attention") == (name == "chunked") for t in types]
+    if name == "chunked":
+        rotary = values.whole_list("no_rope_layers") if kind.window else []
+        step = values.optional_whole("no_rope_layer_interval", most=MOST_WINDOW) or NO_CHUNK_EVERY
+        own = [bool(one) for one in rotary] or [(i + 1) % step > 0 for i in range(layers)]
+        return own if kind.window and len(own) == layers else None
+    if kind.window == "all":
+        return [True] * layers
+    pattern = values.raw("sliding_window_pattern") or values.raw("_sliding_window_pattern") or FULL_EVERY.get(type_name)
+    if isinstance(pattern, int) and not isinstance(pattern, bool) and pattern > 1:
+        return [(i + 1) % pattern > 0 for i in range(layers)]
+    return None

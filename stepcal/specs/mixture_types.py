@@ -152,5 +152,14 @@ MIXTURE_TYPES: dict[str, ModelType] = {
                                       "num_mtp_modules use_mtp"),
         only={"shared_intermediate_size": (0, None)},
     ),
+    "gpt_oss": replace(
+        LLAMA, family="gpt-oss", qkv_bias="attention_bias", output_bias="attention_bias", mlp_bias=False,
+        attention_sinks=True,
+        defaults={"attention_bias": True, "head_dim": 64, "num_key_value_heads": 8, "num_local_experts": 128,
+                  "num_experts_per_tok": 4, "sliding_window": 128}, window="layers",
+        mixture=Mixture(num_experts=("num_local_experts",), expert_width=("intermediate_size",), router_bias=True,
+                        expert_bias=True),
+        neutral=_ROUTING_KEYS | words("experts_per_token initial_context_length swiglu_limit"),
+    ),
     "qwen3_vl_moe_text": replace(_QWEN3_MOE, family="Qwen3-VL-MoE (text)"),
 }  # fmt: skip

@@ -24,6 +24,8 @@ class Mixture:
         Whether a gate scales the shared expert.
     router_bias : bool
         Whether the router has a bias or a correction for each expert.
+    expert_bias : bool
+        Whether each matrix of an expert has a bias.
     sparse_rule : str
         Which layers are mixtures: ``all``, ``qwen``, ``deepseek``, ``llama4`` or ``ernie``.
     """
@@ -35,6 +37,7 @@ class Mixture:
     num_shared: Names = ()
     shared_gate: bool = False
     router_bias: bool = False
+    expert_bias: bool = False
     sparse_rule: str = "all"
 
 
@@ -66,6 +69,8 @@ class ModelType:
         Vectors of the hidden size.
     qk_norm : str
         Norms of queries and keys: none, ``head`` (one head wide) or ``full``; ``KEY:kind`` where a key switches it.
+    attention_sinks : bool
+        Whether each head has a learned logit beside those of its context.
     learned_positions : int or None
         Rows of the position table beyond the context limit; None without a table.
     window : str
@@ -103,6 +108,7 @@ class ModelType:
     norms_per_layer: int = 2
     end_norms: int = 1
     qk_norm: str = ""
+    attention_sinks: bool = False
     learned_positions: int | None = None
     window: str = ""
     mixture: Mixture | None = None

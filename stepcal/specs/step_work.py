@@ -10,6 +10,7 @@ from numpy.typing import ArrayLike
 
 from stepcal.specs.architecture import ModelArchitecture
 from stepcal.specs.deployment import Deployment
+from stepcal.specs.layer_windows import LayerWindows
 from stepcal.specs.weight_formats import FULL_WIDTH
 from stepcal.units import US_PER_S, FloatArray
 
@@ -57,6 +58,27 @@ def kv_bytes_per_token(architecture: ModelArchitecture, *, tensor_parallel: int 
     """Bytes of one token's keys and values on a rank, all layers; at least one head a rank, so heads replicate."""
     heads = max(architecture.num_kv_heads / tensor_parallel, 1.0)
     return 2.0 * heads * architecture.head_dim * architecture.num_layers * BYTES_PER_ACTIVATION
+
+
+def kv_block_bytes(
+    architecture: ModelArchitecture,
+    windows: LayerWindows | None = None,
+    *,
+    tensor_parallel: int = 1,
+    block_size: int = 16,
+) -> float:
+    """Bytes of a KV block on a rank: what vLLM divides the memory for KV by.
+
+    Parameters
+    ----------
+    architecture : ModelArchitecture
+    windows : LayerWindows, optional
+        Those that slide. A block then holds the layers of one group, not all.
+    tensor_parallel, block_size : int
+    """
+    layers = architecture.num_layers if windows is None else windows.layers_per_block
+    all_layers = block_size * kv_bytes_per_token(architecture, tensor_parallel=tensor_parallel)
+    return all_layers * layers / architecture.num_layers
 
 
 def all_reduce_bytes(tokens: ArrayLike, deployment: Deployment) -> tuple[FloatArray, FloatArray]:

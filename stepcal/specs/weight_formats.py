@@ -14,7 +14,16 @@ from typing import Any
 from stepcal.errors import InputError, NotModelledError, shown
 from stepcal.specs.config_values import ConfigValues
 
-BYTES_PER_ELEMENT = {"float32": 4.0, "float16": 2.0, "bfloat16": 2.0, "fp8": 1.0, "int8": 1.0, "int4": 0.5, "fp4": 0.5}
+BYTES_PER_ELEMENT = {
+    "float32": 4.0,
+    "float16": 2.0,
+    "bfloat16": 2.0,
+    "fp8": 1.0,
+    "int8": 1.0,
+    "int4": 0.5,
+    "fp4": 0.5,
+    "mxfp4": 0.5,
+}
 """Storage of one weight without its scales, bytes. IEEE 754, OCP FP8 and OCP MX widths."""
 BITS_PER_BYTE = 8
 SCALE_BITS = 16
@@ -297,7 +306,7 @@ def _mxfp4(section: Mapping[str, Any], origin: str) -> _Format | None:
     size, scale = _FP4_GROUP["mxfp4"]
     width = (4 + scale / size) / BITS_PER_BYTE
     skips = _skips(section, "modules_to_not_convert")
-    return _Format("fp4", width, lambda m: skips(m) if ".experts." in m else FULL_WIDTH)
+    return _Format("mxfp4", width, lambda m: skips(m) if ".experts." in m else FULL_WIDTH)
 
 
 _READERS: dict[str, Callable[[Mapping[str, Any], str], _Format | None]] = {

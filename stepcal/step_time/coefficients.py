@@ -21,15 +21,18 @@ from stepcal.errors import InputError, shown
 from stepcal.kernels.constants import ALL_REDUCE_FILE, KERNELS_FILE
 from stepcal.locations import data_folder
 from stepcal.simulator import CompiledStepTime, ServerConfig, StepBatch
+from stepcal.simulator.layout import Int32Array
 from stepcal.simulator.steptime import add_components
+from stepcal.simulator.versions import NEWEST
 from stepcal.specs.deployment import Deployment
 from stepcal.specs.hardware import Accelerator
 from stepcal.step_time.baselines import BLACKBOX_FEATURES, Blackbox, ConstantStep, RawAnalytical, StepBaseline
-from stepcal.step_time.compile import AnyStepTime, compile_baseline, compile_corrections
+from stepcal.step_time.compile import compile_baseline, compile_corrections
 from stepcal.step_time.corrections import CorrectionModel, Global9, Model36, Phase16
 from stepcal.step_time.kernel_model import kernel_notes
 from stepcal.step_time.learned import KERNELS, LEARNED_MODELS
 from stepcal.step_time.physical_parameters import API_PARAMETERS, PARAMETERS
+from stepcal.step_time.windows import within_windows
 
 DEFAULT = "default"
 """The kernel model as fitted to 16 experiments, frozen in ``data/coefficients/``."""
@@ -44,6 +47,8 @@ SUM = "sum"
 COMBINATIONS = (SUM, "max")
 AFFINE_TERMS = tuple(f.name for f in fields(CompiledStepTime) if f.name not in ("batch_us", "combine"))
 """Parameters of an ``affine`` file; see `stepcal.simulator.CompiledStepTime`."""
+WINDOW_TERMS = ("window_kv_us", "prefill_window_kv_us", "window_pair_us")
+"""Those of layers with a window: a file that gives one gives all that such layers cost."""
 
 
 @dataclass(frozen=True)
@@ -141,17 +146,14 @@ class StepTimeModel:
                 f"`prefill_kv_lens` {list(contexts)}, `waiting` {waiting}: lengths are at least 1, a context holds its "
                 "chunk, and every prefilling request has both."
             )
-        n_requests = decode.size + chunks.size
         if deployment.server is None:
-            usual = ServerConfig(kv_blocks=2)
-            n_seqs, budget = usual.max_num_seqs, usual.max_num_batched_tokens
-            n_tokens = int(decode.size + chunks.sum())
-            wide = replace(usual, max_num_seqs=max(n_requests, n_seqs), max_num_batched_tokens=max(n_tokens, budget))
-            deployment = replace(deployment, server=wide)
-        return add_components(self.compile(deployment)(StepBatch(chunks, kv, decode, waiting)))
+            deployment = replace(deployment, server=_wide_server(decode, chunks, kv))
+        return add_components(
+            self.compile(deployment)(StepBatch(chunks, kv, decode, waiting, window=deployment.window))
+        )
 
-    def compile(self, deployment: Deployment) -> AnyStepTime:
-        """Compile the step time of one deployment, for the simulator.
+    def compile(self, deployment: Deployment) -> CompiledStepTime:
+        """Compile the step time of one deployment, for the simulator; layers with a window read no more than that.
 
         Raises
         ------
@@ -160,7 +162,9 @@ class StepTimeModel:
             server.
         """
         if self.variant == AFFINE:
-            return self._affine()
+            compiled = self._affine()
+            says = any(name in self.values for name in WINDOW_TERMS)
+            return compiled if says else within_windows(compiled, deployment)
         if self.variant in LEARNED_MODELS:
             model = LEARNED_MODELS[self.variant]
             return model.compile({p.name: self._value(p.name) for p in model.parameters}, deployment)
@@ -269,6 +273,17 @@ class StepTimeModel:
                 "which one is meant (`--experiment ID`)."
             )
         return found[0]
+
+
+def _wide_server(decode: Int32Array, chunks: Int32Array, kv: Int32Array) -> ServerConfig:
+    """The usual limits, or wider ones where a step needs them; of the newest release, whose KV cache takes any window."""
+    usual = ServerConfig(kv_blocks=2, vllm_version=NEWEST)
+    return replace(
+        usual,
+        max_num_seqs=max(decode.size + chunks.size, usual.max_num_seqs),
+        max_num_batched_tokens=max(int(decode.size + chunks.sum()), usual.max_num_batched_tokens),
+        max_model_len=max(usual.max_model_len, *decode.tolist(), *kv.tolist()),
+    )
 
 
 def load_coefficients(name_or_path: str) -> StepTimeModel:

@@ -40,6 +40,7 @@ from stepcal.step_time.kernel_parameters import (
 from stepcal.step_time.physical import HOST_REQUEST_US
 from stepcal.step_time.physical_parameters import checked
 from stepcal.step_time.sampler import sampler_costs
+from stepcal.step_time.windows import tokens_read, within_windows
 from stepcal.units import NS_PER_US, US_PER_S, FloatArray
 
 STEP_KERNEL_PARAMETERS = tuple(p for p in KERNEL_PARAMETERS if p.name != "api_before_us")
@@ -50,6 +51,10 @@ LARGEST_GRAPH = 512
 FINE_GRAPHS = 256
 """Captured sizes go up by 8 to here and by 16 beyond; 1, 2 and 4 are captured too."""
 HEAD_PRECISION = "bf16"
+OWN_PRECISION = {
+    "fp8": "fp8", "fp8_block": "fp8_block", "int8": "int8", "int4": "int4", "fp4": "nvfp4", "mxfp4": "mxfp4",
+}  # fmt: skip
+"""Kernels of the weights that a checkpoint has in other than 16 bits, by their type."""
 
 
 @dataclass(frozen=True)
@@ -170,7 +175,7 @@ def compile_kernels(
     token_us = scale * parts.attention_token_us + parts.block_token_us
     any_work = v["products_scale"] * parts.products_us + parts.fixed_us
     any_work = any_work + (scale * parts.attention_floor_us + layers * v["layer_us"]) * (tokens > 0)
-    return CompiledStepTime(
+    compiled = CompiledStepTime(
         tokens_us=any_work,
         requests_us=v["products_scale"] * parts.head_us + parts.sampler_us,
         decode_requests_us=scale * parts.attention_request_us,
@@ -182,6 +187,7 @@ def compile_kernels(
         host_rejected_us=v["offload_scan_us"] * deployment.offload_blocks,
         combine="max",
     )
+    return within_windows(compiled, deployment)
 
 
 def kernel_components_us(
@@ -203,10 +209,11 @@ def kernel_components_us(
     """
     v, parts = checked(values, STEP_KERNEL_PARAMETERS), kernel_parts(deployment, kernels=kernels)
     n_tokens, n_prefill = batch.prefill_tokens + batch.decode_tokens, batch.prefill_chunk_tokens.size
-    kv_tokens = batch.decode_kv_tokens + batch.prefill_kv_tokens
+    read = tokens_read(batch, deployment)
+    kv_tokens = read.decode_kv + read.prefill_kv
     attention = parts.attention_floor_us + parts.attention_request_us * batch.decode_tokens
     attention += parts.attention_token_us * kv_tokens
-    attention += parts.attention_pair_us * batch.prefill_pairs + parts.attention_prefill_us * batch.prefill_tokens
+    attention += parts.attention_pair_us * read.prefill_pairs + parts.attention_prefill_us * batch.prefill_tokens
     return {
         "products": v["products_scale"] * float(parts.products_us[n_tokens]),
         "head": v["products_scale"] * float(parts.head_us[batch.requests]),
@@ -274,7 +281,7 @@ def touched_experts(tokens: ArrayLike, n_experts: int, experts_per_token: int, s
 
 def _group(width: float, dtype: str) -> list[tuple[str, float]]:
     """Precisions of a group of weights with the share of each, from its mean width; 16 bits beside the checkpoint's own."""
-    own = {"fp8": "fp8", "int8": "int8", "int4": "int4"}.get(dtype, "bf16")
+    own = OWN_PRECISION.get(dtype, "bf16")
     wide = PRECISIONS["bf16"]
     if own == "bf16" or width >= wide:
         return [("bf16", 1.0)]

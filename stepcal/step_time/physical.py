@@ -26,6 +26,7 @@ from stepcal.specs.step_work import (
     weight_bytes,
 )
 from stepcal.step_time.physical_parameters import checked
+from stepcal.step_time.windows import tokens_read, within_windows
 from stepcal.units import NS_PER_US, US_PER_S, BoolArray, FloatArray
 
 GEMM_MFU = 0.62
@@ -304,7 +305,8 @@ def compile_physical(
         host_rejected_us=host_us(rejected=1.0),
         combine="max",
     )
-    return _with_batch_table(compiled, form, values, deployment) if by_batch else compiled
+    whole = _with_batch_table(compiled, form, values, deployment) if by_batch else compiled
+    return within_windows(whole, deployment)
 
 
 def _with_batch_table(
@@ -333,13 +335,14 @@ def _with_batch_table(
 
 def batch_features(batch: StepBatch, deployment: Deployment) -> PhysicalFeatures:
     """Features of one simulated step, whose requests are known one by one."""
+    read = tokens_read(batch, deployment)
     return physical_features(
         deployment,
         decode_requests=batch.decode_tokens,
-        kv_tokens=batch.decode_kv_tokens,
+        kv_tokens=read.decode_kv,
         prefill_tokens=batch.prefill_tokens,
         prefill_requests=batch.prefill_chunk_tokens.size,
-        prefill_kv_tokens=batch.prefill_kv_tokens,
-        prefill_pairs=batch.prefill_pairs,
+        prefill_kv_tokens=read.prefill_kv,
+        prefill_pairs=read.prefill_pairs,
         rejected=batch.rejected,
     )

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from stepcal.errors import NotModelledError
-from stepcal.simulator import Clients, CompiledStepTime, RequestList, SimulationResult, Workload
+from stepcal.simulator import Clients, RequestList, SimulationResult, Workload
 from stepcal.simulator import simulate as run_engine
 from stepcal.specs.deployment import Deployment
 from stepcal.step_time.coefficients import StepTimeModel
@@ -35,7 +34,9 @@ def simulate(
     deployment : Deployment
         What serves it, with its server's limits.
     step_time : StepTimeModel, CompiledStepTime or callable
-        How long a step takes. A callable gets each `stepcal.simulator.StepBatch` and returns microseconds.
+        How long a step takes. A callable gets each `stepcal.simulator.StepBatch` and returns microseconds. A model knows
+        which layers of the deployment read a window; of the other two, `CompiledStepTime.with_windows` and
+        `StepBatch.window` are for that.
     arrivals : str
         Of a workload: ``poisson``, ``constant`` or ``gamma``.
     cv : float, optional
@@ -78,12 +79,6 @@ def simulate(
     if isinstance(step_time, StepTimeModel):
         overheads |= step_time.api_overheads_us()
         step_time = step_time.compile(deployment)
-        if server.has_groups:
-            if not isinstance(step_time, CompiledStepTime):
-                raise NotModelledError(
-                    "Layers with a window need a step time that is linear in what a layer reads; this model's is not."
-                )
-            step_time = step_time.with_windows(server.window_share)
     if isinstance(load, Workload):
         clients = load.clients() if clients is None else clients
         timeout_s = load.timeout_s if timeout_s is None else timeout_s

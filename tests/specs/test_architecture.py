@@ -246,8 +246,8 @@ def test_a_sliding_window_that_is_switched_off_is_ignored():
     assert ModelArchitecture.from_config(config).num_layers == 28
 
 
-def test_an_active_sliding_window_is_refused_unless_the_server_never_reaches_it():
-    config = {**LLAMA_31_8B, "model_type": "mistral", "sliding_window": 4096, "max_position_embeddings": 32768}
+def test_a_sliding_window_of_a_type_without_one_is_refused_unless_the_server_never_reaches_it():
+    config = {**LLAMA_31_8B, "sliding_window": 4096, "max_position_embeddings": 32768}
     with pytest.raises(InputError, match=r"4096 tokens at a time .`sliding_window`.*32768.*max_model_len"):
         ModelArchitecture.from_config(config)
     with pytest.raises(InputError, match="sliding_window"):
@@ -255,7 +255,7 @@ def test_an_active_sliding_window_is_refused_unless_the_server_never_reaches_it(
     assert ModelArchitecture.from_config(config, max_model_len=4096).num_layers == 32
 
 
-def test_sliding_layers_are_refused_whatever_the_switch_says():
+def test_sliding_layers_are_refused_where_the_switch_says_otherwise():
     types = ["full_attention", "sliding_attention"] * 14
     with pytest.raises(InputError, match="sliding_window"):
         ModelArchitecture.from_config({**QWEN_25_7B, "sliding_window": 4096, "layer_types": types})

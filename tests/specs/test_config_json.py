@@ -131,12 +131,14 @@ def test_whether_embeddings_are_tied_depends_on_the_type(name, tied):
 
 def test_a_window_is_accepted_up_to_its_length():
     config = {**BASE, "model_type": "mistral", "sliding_window": 4096}
-    with pytest.raises(NotModelledError, match="`max_model_len` <= 4096 never slides"):
-        ModelArchitecture.from_config(config)
-    assert ModelArchitecture.from_config(config, max_model_len=4096).num_layers == 4
+    windows = ModelArchitecture.from_config(config).windows
+    assert windows is not None
+    assert (windows.window, windows.n_full) == (4096, 0)
+    assert ModelArchitecture.from_config(config, max_model_len=4096).windows is None
     silent = {**BASE, "model_type": "mistral"}
-    with pytest.raises(NotModelledError, match="4096 tokens"):  # the default of the type
-        ModelArchitecture.from_config(silent)
+    assert ModelArchitecture.from_config(silent).windows == windows  # the default of the type
+    with pytest.raises(NotModelledError, match="`max_model_len` <= 4096 never slides"):
+        ModelArchitecture.from_config({**config, "model_type": "llama"})
 
 
 @pytest.mark.parametrize("dtype", ["float32", "torch.float32", None])

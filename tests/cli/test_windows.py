@@ -1,0 +1,81 @@
+"""Models in which some layers read a window, through every command that predicts a step or simulates a load."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from stepcal.cli.main import app
+from tests.run_folders import PROFILE, SERVER, write_run
+
+GPT_OSS_20B = {
+    "model_type": "gpt_oss",
+    "hidden_size": 2880,
+    "intermediate_size": 2880,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "vocab_size": 201088,
+    "num_local_experts": 32,
+    "num_experts_per_tok": 4,
+    "sliding_window": 128,
+    "max_position_embeddings": 131072,
+    "quantization_config": {
+        "quant_method": "mxfp4",
+        "modules_to_not_convert": ["model.layers.*.self_attn", "model.layers.*.mlp.router", "lm_head"],
+    },
+}
+GEMMA_3 = {
+    "model_type": "gemma3_text",
+    "hidden_size": 1152,
+    "intermediate_size": 6912,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 1,
+    "head_dim": 256,
+    "vocab_size": 262144,
+    "sliding_window": 512,
+    "max_position_embeddings": 32768,
+}
+RUNNER = CliRunner()
+
+
+def run(*arguments: str) -> dict:
+    done = RUNNER.invoke(app, [*arguments, "--json", "-"])
+    assert done.exit_code in (0, 1), done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.fixture(params=[GPT_OSS_20B, GEMMA_3], ids=["gpt-oss-20b", "gemma-3-1b"])
+def folder(request, tmp_path: Path) -> Path:
+    server = {k: v for k, v in SERVER.items() if k not in ("kv_blocks_total_gpu", "vllm_version", "model")}
+    write_run(tmp_path / "runs", server=server, files={"config.json": request.param})
+    (tmp_path / "config.json").write_text(json.dumps(request.param), encoding="utf-8")
+    (tmp_path / "profile.yaml").write_text(yaml.safe_dump(PROFILE), encoding="utf-8")
+    return tmp_path
+
+
+def test_every_command_takes_a_model_with_windows(folder: Path) -> None:
+    model = str(folder / "config.json")
+    workload = ("--workload", str(folder / "profile.yaml"))
+    simulated = run("simulate", "--architecture", model, "--kv-blocks", "9000", "--coefficients", "default", *workload)
+    assert simulated["overall"]["completed"] == 120
+    at = {
+        context: run("predict", "--architecture", model, "--batch", "64", "--context", str(context))
+        for context in (500, 4000)
+    }
+    assert at[500]["total_us"] < at[4000]["total_us"]
+    load = ("--input-len", "600", "--output-len", "50", "--requests", "100")
+    planned = run(
+        "plan", "--architecture", model, "--target", "tpot.mean<=100ms", "--gpu", "h100-sxm", "--tp", "1", *load
+    )
+    assert planned["choices"]
+    evaluated = run("evaluate", "--experiments", str(folder / "runs"))
+    assert evaluated["per_experiment"][0]["predicted"]["completed"] == 120
+    checked = run("check", str(folder / "runs"), "--architecture", model)
+    assert checked["runs"][0]["errors"]
