@@ -1,6 +1,7 @@
 """Releases of vLLM whose scheduler was recorded, and what differs between them.
 
-Each was driven on a CPU with `tools/record_vllm.py`, and equals the slow reference on thousands of random scenarios.
+Each was driven on a CPU with `tools/record_vllm.py`, and equals the slow reference on thousands of random scenarios. Its
+defaults were recorded with `tools/record_vllm_defaults.py`, which runs its own code for stubs of many GPUs.
 A release between two recorded ones is simulated as the nearest earlier one.
 """
 
@@ -14,17 +15,34 @@ _VERSION = re.compile(r"v?(\d+)\.(\d+)\.(\d+)(?:\.post\d+)?")
 
 @dataclass(frozen=True, kw_only=True)
 class DefaultLimits:
-    """Limits that vLLM's API server chooses on GPUs from some memory on (``EngineArgs.get_batch_defaults``)."""
+    """Limits that vLLM's API server chooses on GPUs from some memory on, unless a word of `but` is in their name."""
 
     from_gib: float
     max_num_batched_tokens: int
     max_num_seqs: int
-    also_a100: bool = True
+    but: tuple[str, ...] = ()
 
 
 _SMALL = DefaultLimits(from_gib=0.0, max_num_batched_tokens=2048, max_num_seqs=256)
-_LARGE = DefaultLimits(from_gib=70.0, max_num_batched_tokens=8192, max_num_seqs=1024, also_a100=False)
+_LARGE = DefaultLimits(from_gib=70.0, max_num_batched_tokens=8192, max_num_seqs=1024, but=("a100",))
+_LARGE_BUT_GB10 = DefaultLimits(from_gib=70.0, max_num_batched_tokens=8192, max_num_seqs=1024, but=("a100", "gb10"))
 _LARGEST = DefaultLimits(from_gib=160.0, max_num_batched_tokens=16384, max_num_seqs=1024)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplerPath:
+    """Kernel that cuts tokens off (top-k, top-p) where at least `from_requests` are sampled, on CUDA GPUs.
+
+    ``sort`` is PyTorch's sort of all logits, ``triton`` a search for the pivot, ``flashinfer`` drawing until a token lies
+    within what is kept.
+    """
+
+    kernel: str
+    from_requests: int = 0
+
+
+_SORT, _FLASHINFER = SamplerPath(kernel="sort"), SamplerPath(kernel="flashinfer")
+_TRITON_FROM_8 = SamplerPath(kernel="triton", from_requests=8)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +67,13 @@ class VllmRelease:
         Whether blocks copied to the pool in CPU memory cannot be evicted from it until their request ends, so that a
         small pool rejects requests; newer releases hold them until the copy is done, and copy prompts alone
         (`offload_prompt_only`).
+    samplers : tuple of SamplerPath
+        By the number of requests, most first.
+    captures_token_budget, captures_most_requests : bool
+        Whether there is a CUDA graph of the token budget's size, and one of `max_num_seqs` tokens, beside the sizes at
+        regular distances, where they are not above the largest one.
+    largest_graph_on_blackwell : int
+        Largest CUDA graph that is captured on data-centre GPUs of the generation Blackwell, in tokens.
     """
 
     version: str
@@ -58,6 +83,10 @@ class VllmRelease:
     default_limits: tuple[DefaultLimits, ...]
     holds_offloaded_blocks: bool
     has_recorded_groups: bool = False
+    samplers: tuple[SamplerPath, ...]
+    captures_token_budget: bool
+    captures_most_requests: bool = False
+    largest_graph_on_blackwell: int = 512
 
     def limits_on(self, accelerator: str, memory_gib: float) -> DefaultLimits:
         """The limits of a server that was given none, on a GPU by name and memory as the driver reports it.
@@ -67,9 +96,10 @@ class VllmRelease:
         >>> release_of("0.33.0").limits_on("h100-sxm", 79.6).max_num_batched_tokens
         8192
         """
-        is_a100 = accelerator.startswith("a100")
         return next(
-            tier for tier in self.default_limits if memory_gib >= tier.from_gib and (tier.also_a100 or not is_a100)
+            tier
+            for tier in self.default_limits
+            if memory_gib >= tier.from_gib and not any(word in accelerator for word in tier.but)
         )
 
 
@@ -81,6 +111,8 @@ RELEASES = (
         gpu_memory_utilization=0.90,
         default_limits=(_LARGE, _SMALL),
         holds_offloaded_blocks=True,
+        samplers=(_SORT,),
+        captures_token_budget=False,
     ),
     VllmRelease(
         version="0.19.0",
@@ -89,6 +121,8 @@ RELEASES = (
         gpu_memory_utilization=0.90,
         default_limits=(_LARGE, _SMALL),
         holds_offloaded_blocks=True,
+        samplers=(_TRITON_FROM_8, _SORT),
+        captures_token_budget=False,
     ),
     VllmRelease(
         version="0.24.0",
@@ -97,15 +131,21 @@ RELEASES = (
         gpu_memory_utilization=0.92,
         default_limits=(_LARGE, _SMALL),
         holds_offloaded_blocks=False,
+        samplers=(_FLASHINFER,),
+        captures_token_budget=True,
     ),
     VllmRelease(
         version="0.33.0",
         admits_whole_sequences=True,
         reuses_unfindable_blocks_first=True,
         gpu_memory_utilization=0.92,
-        default_limits=(_LARGEST, _LARGE, _SMALL),
+        default_limits=(_LARGEST, _LARGE_BUT_GB10, _SMALL),
         holds_offloaded_blocks=False,
         has_recorded_groups=True,
+        samplers=(_FLASHINFER,),
+        captures_token_budget=True,
+        captures_most_requests=True,
+        largest_graph_on_blackwell=1024,
     ),
 )
 """Recorded releases, oldest first."""

@@ -29,6 +29,7 @@ from stepcal.kernels.forms import (
 from stepcal.simulator import CompiledStepTime, StepBatch
 from stepcal.specs.deployment import Deployment
 from stepcal.specs.step_work import COLLECTIVES_PER_LAYER, FLOPS_PER_MAC
+from stepcal.step_time.cuda_graphs import graph_sizes, padded_tokens
 from stepcal.step_time.kernel_parameters import (
     EXPERT_SKEW,
     FLASH_ATTENTION_3,
@@ -39,17 +40,13 @@ from stepcal.step_time.kernel_parameters import (
 )
 from stepcal.step_time.physical import HOST_REQUEST_US
 from stepcal.step_time.physical_parameters import checked
-from stepcal.step_time.sampler import sampler_costs
+from stepcal.step_time.sampler import sampler_costs, sampler_note
 from stepcal.step_time.windows import tokens_read, within_windows
 from stepcal.units import NS_PER_US, US_PER_S, FloatArray
 
 STEP_KERNEL_PARAMETERS = tuple(p for p in KERNEL_PARAMETERS if p.name != "api_before_us")
 KV_PRECISION = "bf16"
 """The KV cache has two bytes an element; others are refused where settings are read."""
-LARGEST_GRAPH = 512
-"""vLLM 0.15.1 captures CUDA graphs up to twice `max_num_seqs` tokens, and no larger (``vllm/config/vllm.py``)."""
-FINE_GRAPHS = 256
-"""Captured sizes go up by 8 to here and by 16 beyond; 1, 2 and 4 are captured too."""
 HEAD_PRECISION = "bf16"
 OWN_PRECISION = {
     "fp8": "fp8", "fp8_block": "fp8_block", "int8": "int8", "int4": "int4", "fp4": "nvfp4", "mxfp4": "mxfp4",
@@ -107,7 +104,7 @@ def kernel_parts(
     """
     own, server = kernels or load_kernels(deployment.accelerator), deployment.limits
     tokens, requests = np.arange(server.max_num_batched_tokens + 1), np.arange(server.max_num_seqs + 1)
-    padded = padded_tokens(tokens, max_num_seqs=server.max_num_seqs)
+    padded = padded_tokens(tokens, graph_sizes(server, deployment.accelerator.name))
     a, tp = deployment.architecture, deployment.tensor_parallel
     decode, prefill = own.of(DECODE_ATTENTION, KV_PRECISION), own.of(PREFILL_ATTENTION, KV_PRECISION)
     kv_heads, heads = max(a.num_kv_heads / tp, 1.0), a.num_attention_heads / tp
@@ -226,29 +223,16 @@ def kernel_components_us(
 
 
 def kernel_notes(deployment: Deployment) -> list[str]:
-    """Return a sentence for each kernel of a deployment that was not measured on its GPU, with the error to expect."""
+    """Return a sentence for each kernel of a deployment that was not measured, with the error to expect if known."""
     a = deployment.architecture
     used = {(GEMM, HEAD_PRECISION), (DECODE_ATTENTION, KV_PRECISION), (PREFILL_ATTENTION, KV_PRECISION)}
     used |= {(GEMM, precision) for precision, _ in _group(a.widths.attention, a.weight_dtype)}
     used |= {(GEMM, precision) for precision, _ in _group(a.widths.mlp, a.weight_dtype)}
     if a.num_moe_layers:
         used |= {(EXPERTS, precision) for precision, _ in _group(a.widths.experts, a.weight_dtype)}
-    return load_kernels(deployment.accelerator).notes(sorted(used), ranks=deployment.tensor_parallel)
-
-
-def padded_tokens(tokens: ArrayLike, *, max_num_seqs: int) -> FloatArray:
-    """Tokens of the CUDA graph that runs a step: the smallest captured size that holds it; larger steps are not padded.
-
-    Examples
-    --------
-    >>> padded_tokens([0, 1, 3, 9, 257, 700], max_num_seqs=256).astype(int).tolist()
-    [0, 1, 4, 16, 272, 700]
-    """
-    t = np.asarray(tokens, dtype=float)
-    largest = min(2 * max_num_seqs, LARGEST_GRAPH)
-    fine, coarse = np.ceil(t / 8.0) * 8.0, np.ceil(t / 16.0) * 16.0
-    graph = np.select([t <= 2, t <= 4, t < FINE_GRAPHS], [t, np.full(t.shape, 4.0), fine], coarse)
-    return np.asarray(np.where((t > 0) & (graph <= largest), graph, t), dtype=float)
+    sampler = sampler_note(deployment)
+    notes = load_kernels(deployment.accelerator).notes(sorted(used), ranks=deployment.tensor_parallel)
+    return notes if sampler is None else [*notes, sampler]
 
 
 def touched_experts(tokens: ArrayLike, n_experts: int, experts_per_token: int, skew: float) -> FloatArray:

@@ -4,11 +4,13 @@ from pathlib import Path
 
 import pytest
 import yaml
+from recorded_defaults import limits_of_api_servers, recorded_defaults
 from run_folders import PROFILE, QWEN, SERVER, write_run
 
 from stepcal.datasets import experiments
 from stepcal.errors import InputError, NotModelledError
 from stepcal.experiments.folders import read_experiment_folder, read_supported_runs
+from stepcal.simulator.versions import RELEASES
 from stepcal.studies.published_runs import load_experiments
 
 
@@ -104,6 +106,21 @@ def test_limits_that_are_absent_are_vllms_own(gpu: str, tokens: int, seqs: int, 
     )
     assert any(f"`max_num_seqs` is absent; {seqs:,}" in n for n in experiment.notes)
     assert any("`max_model_len` is absent; 2,000" in n for n in experiment.notes)
+
+
+@pytest.mark.parametrize("version", [release.version for release in RELEASES])
+def test_limits_that_are_absent_are_those_that_the_release_chose(version: str, tmp_path) -> None:
+    """Recorded from each release's own code, on each GPU that ships, and where a model is short or one limit is given."""
+    cases = [(row["stepcal"], {}, row) for row in limits_of_api_servers(version) if row["stepcal"] is not None]
+    cases += [("h100-sxm", row["given"], row) for row in recorded_defaults(version)["short_limits"]]
+    assert len(cases) == 17
+    for i, (gpu, given, _) in enumerate(cases):
+        limits = {"max_model_len": 2000, **given, "gpu": gpu, "vllm_version": version}
+        write_run(tmp_path, f"run{i:02}", server=without("max_num_seqs", "max_num_batched_tokens", **limits))
+    servers = [experiment.server for experiment, _ in read_experiment_folder(tmp_path)]
+    for server, (_, _, row) in zip(servers, cases, strict=True):
+        assert server.max_num_batched_tokens == row["max_num_batched_tokens"], row
+        assert server.max_num_seqs == row["max_num_seqs"], row
 
 
 def test_a_budget_that_is_absent_does_not_exceed_what_fits(tmp_path) -> None:

@@ -2,10 +2,11 @@
 
 import numpy as np
 import pytest
+from recorded_defaults import ABSENT, limits_of_api_servers, recorded_defaults
 
 from stepcal.errors import InputError, NotModelledError
 from stepcal.simulator import CompiledStepTime, ServerConfig, make_requests, simulate
-from stepcal.simulator.versions import NEWEST, OLDEST, RELEASES, release_of, version_note
+from stepcal.simulator.versions import NEWEST, OLDEST, RELEASES, VllmRelease, release_of, version_note
 
 
 def test_recorded_releases_are_themselves() -> None:
@@ -33,6 +34,53 @@ def test_older_ones_are_refused() -> None:
 def test_what_is_no_release_is_refused(version: str) -> None:
     with pytest.raises(InputError, match="must be a release"):
         release_of(version)
+
+
+@pytest.mark.parametrize("release", RELEASES, ids=lambda release: release.version)
+def test_limits_are_those_that_the_release_chose_on_each_gpu(release: VllmRelease) -> None:
+    rows = limits_of_api_servers(release.version)
+    assert len(rows) == 13
+    for row in rows:
+        found = release.limits_on(row["stepcal"] or row["gpu"].lower(), row["memory_mib"] / 1024)
+        assert found.max_num_batched_tokens == row["max_num_batched_tokens"], row
+        assert found.max_num_seqs == row["max_num_seqs"], row
+
+
+@pytest.mark.parametrize("release", RELEASES, ids=lambda release: release.version)
+def test_other_defaults_are_those_that_the_release_chose(release: VllmRelease) -> None:
+    recorded = recorded_defaults(release.version)
+    assert recorded["vllm_version"] == release.version
+    assert recorded["cache"]["gpu_memory_utilization"] == release.gpu_memory_utilization
+    assert recorded["scheduler"]["scheduler_reserve_full_isl"] == (True if release.admits_whole_sequences else ABSENT)
+    server = ServerConfig(kv_blocks=10, max_num_seqs=1, vllm_version=release.version)
+    assert recorded["cache"]["block_size"] == server.block_size
+    assert {row["block_size"] for row in recorded["limits"]} == {server.block_size}
+    assert recorded["cache"]["enable_prefix_caching"] == server.enable_prefix_caching
+    assert recorded["scheduler"]["async_scheduling"] == server.async_scheduling
+    # What is not modelled is off by default, so that a server without flags is simulated as it runs.
+    scheduler = recorded["scheduler"]
+    assert scheduler["enable_chunked_prefill"] is True
+    assert scheduler["policy"] == "fcfs"
+    assert scheduler["long_prefill_token_threshold"] == 0
+    assert scheduler["max_num_partial_prefills"] in (1, ABSENT)
+    assert scheduler["watermark"] in (0.0, ABSENT)
+    assert scheduler["prefill_schedule_interval"] in (1, ABSENT)
+    for name in ("max_num_active_seqs", "max_num_queued_reqs", "max_num_queued_tokens"):
+        assert scheduler[name] in (None, ABSENT)
+    assert recorded["performance_mode"] in ("balanced", ABSENT)
+    assert recorded["cache"]["kv_offloading_size"] is None
+
+
+@pytest.mark.parametrize("release", RELEASES, ids=lambda release: release.version)
+def test_the_sampler_is_the_one_that_the_release_called(release: VllmRelease) -> None:
+    names = {"sort": "PyTorch sort", "triton": "Triton", "flashinfer": "FlashInfer"}
+    for row in recorded_defaults(release.version)["sampler"]:
+        assert len(row["gpus"]) == 13, row
+        if row["cut"] == "none":
+            assert row["kernels"] == [], row
+        elif row["kernels"] != ["PyTorch top-k"]:  # 0.15.1 sorts less for top-k alone
+            path = next(p for p in release.samplers if row["requests"] >= p.from_requests)
+            assert row["kernels"] == [names[path.kernel]], row
 
 
 @pytest.mark.parametrize(("version", "is_slower"), [("0.15.1", True), ("0.19.0", True), ("0.24.0", False)])

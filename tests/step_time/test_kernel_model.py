@@ -22,7 +22,6 @@ from stepcal.step_time.kernel_model import (
     compile_kernels,
     kernel_components_us,
     kernel_notes,
-    padded_tokens,
     touched_experts,
 )
 from stepcal.step_time.kernel_parameters import KERNEL_PARAMETERS, KV_BLOCK_NS
@@ -177,11 +176,6 @@ def test_no_step_is_shorter_than_its_bytes():
     a = d.architecture
     moved = 2 * (a.num_parameters() - a.vocab_size * a.hidden_size) + 10 * 1_000 * 2 * 2 * a.kv_width * a.num_layers
     assert sum(kernel_components_us(VALUES, d, b).values()) > moved / d.accelerator.hbm_bandwidth * 1e6
-
-
-@pytest.mark.parametrize(("tokens", "graph"), [(0, 0), (1, 1), (3, 4), (5, 8), (128, 128), (129, 129)])
-def test_batches_are_padded_up_to_the_largest_graph(tokens, graph):
-    assert padded_tokens(tokens, max_num_seqs=64) == graph
 
 
 @settings(max_examples=50, deadline=None)

@@ -16,12 +16,15 @@ from stepcal.step_time.kernel_parameters import (
 )
 from stepcal.step_time.physical import HOST_REQUEST_US
 from stepcal.step_time.sampler import (
+    FLASHINFER_BYTES_A_LOGIT,
+    FLASHINFER_TOP_K_BYTES_A_LOGIT,
     PENALTY_BYTES_A_LOGIT,
     PLAIN_BYTES_A_LOGIT,
     SCAN_NS_A_LOGIT,
     SORT_FACTORS,
     SORT_NS_A_LOGIT,
     SORT_US_A_REQUEST,
+    TRITON_BYTES_A_LOGIT,
 )
 from stepcal.units import PERCENT
 
@@ -76,6 +79,15 @@ def parameter_sources() -> pd.DataFrame:
         ("softmax and sum, a logit of the vocabulary", SCAN_NS_A_LOGIT, "ns", SUGGESTED, "one block a row"),
         ("sort on A100, over H100", sort_a100, "1", SUGGESTED, "not measured"),
         ("bytes a logit", PLAIN_BYTES_A_LOGIT, "byte", CODE, "passes over float32 logits"),
+        ("bytes a logit, Triton's cut", TRITON_BYTES_A_LOGIT, "byte", CODE, "from vLLM 0.19.0, a lower bound"),
+        ("bytes a logit, FlashInfer", FLASHINFER_BYTES_A_LOGIT, "byte", CODE, "from vLLM 0.24.0, a lower bound"),
+        (
+            "bytes a logit, FlashInfer's top-k",
+            FLASHINFER_TOP_K_BYTES_A_LOGIT,
+            "byte",
+            CODE,
+            "from vLLM 0.24.0, a lower bound",
+        ),
         ("bytes a logit, penalties", PENALTY_BYTES_A_LOGIT, "byte", CODE, "a guess that no run measures"),
         ("skew of the routing", EXPERT_SKEW, "1", SUGGESTED, "weights of experts fall as rank^-0.8"),
         ("schedule(), a request", HOST_REQUEST_US, "us", TIMED, "vLLM 0.15.1 on an idle CPU"),

@@ -1,0 +1,20 @@
+"""Defaults that each release of vLLM chose by its own code, as ``tools/record_vllm_defaults.py`` recorded them."""
+
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+ABSENT = "absent"
+"""Written in place of a default that a release has no name for."""
+
+
+@functools.cache
+def recorded_defaults(version: str) -> dict[str, Any]:
+    """The recording of a release."""
+    return json.loads((Path(__file__).parent / "defaults" / f"{version}.json").read_text(encoding="utf-8"))
+
+
+def limits_of_api_servers(version: str) -> list[dict[str, Any]]:
+    """Limits of an API server on each recorded GPU."""
+    return [row for row in recorded_defaults(version)["limits"] if row["usage"] == "api_server"]
