@@ -13,7 +13,9 @@ from IPython.display import HTML
 from matplotlib.figure import Figure
 from myst_nb import glue
 
+from stepcal.errors import InputError
 from stepcal.evaluation.verdict import Verdict
+from stepcal.report.figures.plots import short_name
 from stepcal.report.figures.theme import Drawn, to_svg
 from stepcal.studies.results.provenance import MEASURED, SIMULATED, Provenance
 from stepcal.studies.study import Study
@@ -100,6 +102,7 @@ def show_table(
     table: pd.DataFrame,
     caption: str,
     *,
+    columns: Mapping[str, str] | None = None,
     formats: Mapping[str, str] | None = None,
     names: Mapping[str, str] | None = None,
     fold: bool | None = None,
@@ -113,6 +116,9 @@ def show_table(
     table : DataFrame
         Rows that hold nothing but missing numbers are left out.
     caption : str
+    columns : mapping, optional
+        What to show, in order: a column's name, and its heading and format in one text, such as ``"E2E (ms) {:,.0f}"``.
+        Either may be left out. By default all columns. `experiment_id` shows experiments by their short names.
     formats : mapping, optional
         Format of each column by its name in `table`, such as ``"{:.1f}"``. Missing values show as a dash.
     names : mapping, optional
@@ -120,6 +126,8 @@ def show_table(
     fold : bool, optional
         By default tables of more than `FOLD_ROWS` rows.
     """
+    if columns is not None:
+        table, formats, names = _chosen(table, columns)
     numeric = [c for c in table if pd.api.types.is_numeric_dtype(table[c]) and not pd.api.types.is_bool_dtype(table[c])]
     shown = table.dropna(how="all", subset=numeric) if numeric else table
     headings = {c: (names or {}).get(str(c), heading(str(c))) for c in table}
@@ -143,6 +151,24 @@ def show_table(
             f"{content}</details>"
         )
     return HTML(f'<figure class="stepcal-table-figure"><figcaption>{text}</figcaption>{content}</figure>')
+
+
+def _chosen(table: pd.DataFrame, columns: Mapping[str, str]) -> tuple[pd.DataFrame, dict[str, str], dict[str, str]]:
+    """Return the columns that were asked for, their formats and their headings."""
+    missing = [c for c in columns if c not in table]
+    if missing:
+        raise InputError(f"`columns` names `{missing[0]}`; the table has {', '.join(map(str, table))}.")
+    formats, names = {}, {}
+    for column, text in columns.items():
+        name, brace, pattern = text.partition("{")
+        if name.strip():
+            names[column] = name.strip()
+        if brace:
+            formats[column] = brace + pattern
+    chosen = table[list(columns)]
+    if "experiment_id" in chosen:
+        chosen = chosen.assign(experiment_id=chosen["experiment_id"].map(short_name))
+    return chosen, formats, names
 
 
 def heading(name: str) -> str:

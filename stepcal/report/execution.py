@@ -10,6 +10,7 @@ import asyncio
 import datetime
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -25,6 +26,8 @@ KERNEL = "stepcal-report"
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 """Sums are then added in the same order on any number of cores."""
 CELL_TIMEOUT_S = 1800
+CITED = re.compile(r"\{glue:text\}`(\w+)")
+"""Where prose cites a number of the page's cells."""
 _START_TIMEOUT_S = 180
 _LOG_LINES = 25
 
@@ -114,8 +117,10 @@ class PageCache:
 
 
 def fits(notebook: Mapping[str, Any], page: Executed) -> bool:
-    """Whether a notebook has as many code cells as a page has outputs."""
-    return len(code_cells(notebook)) == len(page.outputs)
+    """Whether a notebook has as many code cells as a page has outputs, and cites only numbers that are among them."""
+    prose = "\n".join(source_of(cell) for cell in notebook["cells"] if cell["cell_type"] == "markdown")
+    glued = {o.get("metadata", {}).get("scrapbook", {}).get("name") for cell in page.outputs for o in cell}
+    return len(code_cells(notebook)) == len(page.outputs) and set(CITED.findall(prose)) <= glued
 
 
 def code_cells(notebook: Mapping[str, Any]) -> list[str]:

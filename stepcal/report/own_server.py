@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 
-import pandas as pd
 import yaml
-from matplotlib.figure import Figure
 
 from stepcal.experiments.engine_args import CONFIG_NAMES
 from stepcal.ingest import MANIFEST
@@ -55,21 +52,3 @@ def own_root(place: Path) -> Path:
     for page in sorted((shipped / PAGES).glob("*.ipynb")):
         shutil.copy(page, place / "book" / page.name)
     return place
-
-
-def error_bars(table: pd.DataFrame, columns: Sequence[str], limit_percent: float = 10.0) -> Figure:
-    """Draw signed errors (%) by run: a bar a column, and the limit within which they count as good."""
-    figure = Figure(figsize=(7, 0.6 + 0.45 * max(len(table), 2)), layout="constrained")
-    axes = figure.subplots()
-    height = 0.8 / len(columns)
-    for i, column in enumerate(columns):
-        place = [row + (i - (len(columns) - 1) / 2) * height for row in range(len(table))]
-        axes.barh(place, table[column], height=height, label=column)
-    axes.set_yticks(range(len(table)), table["run"])
-    axes.invert_yaxis()
-    axes.axvline(0.0, color="black", linewidth=0.8)
-    for side in (-limit_percent, limit_percent):
-        axes.axvline(side, color="gray", linewidth=0.8, linestyle="--")
-    axes.set_xlabel("Signed error (%)")
-    axes.legend(fontsize=8)
-    return figure

@@ -71,6 +71,10 @@ def test_one_page_alone(small_book, tmp_path, monkeypatch):
     assert "seed 0" in page(small_book, output, "first")
     with pytest.raises(InputError, match=r"no such page.*first, second"):
         build.build_report(output, only="third")
+    # Prose that cites a number which the page did not have then is not put to it.
+    write_page(small_book, "first", prose("{glue:text}`new:.1f`"), code("seed: int = 0", "parameters"), code("1"))
+    build.build_report(output, only="second")
+    assert "was not executed" in page(small_book, output, "first")
 
 
 def test_a_failed_page_is_named_with_its_cell_and_leaves_the_last_book(small_book, tmp_path):

@@ -20,6 +20,9 @@ BOOK = Path(shipped_folder()) / "_build" / "html"
 PAGES = sorted(p.stem for p in (BOOK / "book").glob("*.html")) or ["none"]
 VIEWS = [(1280, "light"), (390, "dark")]
 """Width in pixels and colour scheme: each page is seen at both widths, and in both schemes."""
+OTHER_VIEWS = [(1280, "dark"), (390, "light")]
+"""The other two, in which only what depends on both is looked at, on pages that have every kind of thing between them."""
+MIXED_PAGES = [p for p in ("summary", "h1", "verdict", "silicon", "try_it", "own_errors") if p in PAGES]
 AXE_RULES = {"label-content-name-mismatch": {"enabled": True}}
 """Experimental rules of axe that count here too."""
 
@@ -71,6 +74,24 @@ def opened(chromium, base, name, width, scheme, javascript=True):
         "!window.MathJax || !MathJax.startup || !MathJax.startup.promise || MathJax.startup.promise.then(() => true)"
     )
     return page
+
+
+@pytest.mark.parametrize(("width", "scheme"), OTHER_VIEWS)
+@pytest.mark.parametrize("name", MIXED_PAGES)
+def test_colours_and_width_in_the_other_two_views(chromium, base, axe, name, width, scheme):
+    page = opened(chromium, base, name, width, scheme)
+    assert page.complaints == []
+    assert page.evaluate("document.documentElement.dataset.theme") == scheme
+    assert page.evaluate("document.documentElement.scrollWidth") <= width, "the page scrolls sideways"
+    seen = page.evaluate(
+        "[...document.querySelectorAll('article figure.stepcal-figure')]"
+        ".map(f => [...f.querySelectorAll('.fig-wide, .fig-narrow')].filter(d => d.offsetParent).map(d => d.className))"
+    )
+    assert all(drawings == ["fig-narrow" if width < 600 else "fig-wide"] for drawings in seen)
+    page.add_script_tag(content=axe)
+    found = page.evaluate("axe.run(document, {runOnly: ['color-contrast'], resultTypes: ['violations']})")
+    assert [(n["html"][:200], n["failureSummary"]) for v in found["violations"] for n in v["nodes"]] == []
+    page.context.close()
 
 
 @pytest.mark.parametrize(("width", "scheme"), VIEWS)

@@ -6,7 +6,17 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from stepcal.report.figures.theme import COLOURS, FAINT, categories, drawn_twice, figure_legend, panels, plain_logarithm
+from stepcal.report.figures.theme import (
+    COLOURS,
+    FAINT,
+    RULE,
+    categories,
+    drawn_twice,
+    figure_legend,
+    panels,
+    plain_logarithm,
+)
+from stepcal.units import PERCENT
 
 KERNEL_NAMES = {
     "gemm": "matrix products",
@@ -56,4 +66,31 @@ def intervals(narrow: bool, table: pd.DataFrame) -> Figure:
     categories(axes, list(own["experiment_id"]))
     axes.set(xlabel="predicted / measured mean E2E, with 95% interval")
     figure_legend(figure, axes, columns=2)
+    return figure
+
+
+@drawn_twice
+def errors_of_rows(narrow: bool, rows: pd.DataFrame, *, band_percent: float = 10.0) -> Figure:
+    """Predicted over measured TPOT and TTFT of benchmark rows, a dot a row, by model, GPU and precision.
+
+    Parameters
+    ----------
+    narrow : bool
+    rows : DataFrame
+        Of the study ``silicon``: `model`, `gpu`, `precision`, `tpot_error_percent`, `ttft_error_percent`.
+    band_percent : float
+        Half the width of the band about one.
+    """
+    groups = list(rows.groupby(["model", "gpu", "precision"]))
+    names = [f"{model}, {str(gpu).split('-')[0].upper()}, {precision}" for (model, gpu, precision), _ in groups]
+    figure, both = panels(narrow, 0.38 * len(groups) + 0.9, across=2, share_x=True, share_y=True)
+    for axes, metric in zip(both, ("tpot", "ttft"), strict=True):
+        axes.axvspan(1 - band_percent / PERCENT, 1 + band_percent / PERCENT, color=RULE, lw=0, zorder=0)
+        axes.axvline(1.0, color=FAINT, lw=1)
+        for i, (_, own) in enumerate(groups):
+            ratio = np.sort(1 + own[f"{metric}_error_percent"].dropna() / PERCENT)
+            axes.plot(ratio, i + np.linspace(-0.25, 0.25, len(ratio)), "o", ms=3, alpha=0.6, color=COLOURS[0])
+        axes.set(xscale="log", title=metric.upper(), xlabel="predicted / measured")
+        plain_logarithm(axes)
+        categories(axes, names)
     return figure
