@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from stepcal.report import build
+from stepcal.report.finishing import FOOT
 
 
 def code(source, *tags):
@@ -54,7 +55,7 @@ async def _copied(stage, work, log):
         body = "".join("".join(c["source"]) for c in json.loads(path.read_text())["cells"])
         outputs = json.dumps([c.get("outputs") for c in json.loads(path.read_text())["cells"]])
         (pages / "book" / f"{path.stem}.html").write_text(
-            f'<head></head><article class="bd-article"><pre>{body}{outputs}</pre></article>'
+            f'<head></head><article class="bd-article"><pre>{body}{outputs}</pre></article>{FOOT}'
         )
     log.write_text("copied")
     return pages

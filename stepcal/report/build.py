@@ -39,7 +39,7 @@ from stepcal.report.execution import with_outputs as _with_outputs
 from stepcal.report.finishing import Facts, finish
 from stepcal.report.glossary import read_terms
 from stepcal.report.own_server import is_own_server, own_root
-from stepcal.report.printing import print_book
+from stepcal.report.printing import needed_browser, print_book
 from stepcal.report.progress import BuildProgress
 from stepcal.report.rendering import render
 from stepcal.report.swap import only_builder, recover, take_place
@@ -107,12 +107,15 @@ def build_report(
     InputError
         If `source`, `only` or a setting is unknown, or `data` is no folder.
     ReportError
-        If a notebook fails, Sphinx warns, the build is stopped, or another one holds `output`. The last book then stands.
+        If a notebook fails, Sphinx warns, the build is stopped, another one holds `output`, or there is no Chromium for the
+        PDF. The last book then stands.
     """
     if source not in SOURCES:
         raise InputError(f"`source={source!r}` is unknown; it is one of {', '.join(SOURCES)}.")
     if data is not None and not data.is_dir():
         raise InputError(f"`--data {data}` is not a folder that exists.")
+    if pdf:
+        needed_browser()
     root, output = shipped_folder(), output.resolve()
     if data is not None:
         os.environ["STEPCAL_DATA"] = str(data.resolve())

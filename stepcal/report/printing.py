@@ -19,6 +19,22 @@ def browser() -> str | None:
     return next((found for name in PROGRAMS if (found := shutil.which(name))), None)
 
 
+def needed_browser() -> str:
+    """Return the path of an installed Chromium.
+
+    Raises
+    ------
+    ReportError
+        If there is none.
+    """
+    program = browser()
+    if program is None:
+        raise ReportError(
+            f"`--pdf` prints with Chromium, and none of {', '.join(PROGRAMS)} is installed. Leave it out."
+        )
+    return program
+
+
 async def print_book(pages: Path) -> Path:
     """Print the page that holds all others.
 
@@ -27,11 +43,7 @@ async def print_book(pages: Path) -> Path:
     ReportError
         If there is no Chromium, or it fails.
     """
-    program = browser()
-    if program is None:
-        raise ReportError(
-            f"`--pdf` prints with Chromium, and none of {', '.join(PROGRAMS)} is installed. Leave it out."
-        )
+    program = needed_browser()
     target = pages / PDF
     await run_program(
         program,
