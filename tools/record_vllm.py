@@ -20,6 +20,7 @@ compares the slow reference with the real scheduler on N random scenarios, and e
 import argparse
 import gzip
 import importlib
+import itertools
 import json
 import os
 import sys
@@ -60,9 +61,10 @@ from vllm.v1.kv_cache_interface import (  # noqa: E402
 )
 from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput  # noqa: E402
 
-# Releases whose KV cache for layers that differ in what they read is recorded, and how many scenarios of each kind.
-RELEASES_WITH_GROUPS = ("0.33.0",)
+# Scenarios to record, of each kind, of models whose layers differ in what they read.
 N_RANDOM_GROUPS = 60
+# Of scenarios with few requests only, so that the recordings stay small.
+MOST_REQUESTS_WITH_GROUPS = 8
 
 # A step longer than any scenario means that the engine spins without progress.
 MAX_STEPS = 20_000
@@ -142,10 +144,13 @@ def layer_specs(kv_groups: list) -> dict[str, Any]:
 
 
 def random_groups(kind: Callable[[int], dict]) -> dict[str, list[dict]]:
-    """The random scenarios to record on models whose layers differ in what they read, for releases that have them."""
-    if vllm_version not in RELEASES_WITH_GROUPS:
-        return {}
-    return {"random_groups": [with_groups(kind(seed), seed) for seed in range(N_RANDOM_GROUPS)]}
+    """The random scenarios to record on models whose layers differ in what they read."""
+    small = (seed for seed in itertools.count() if len(kind(seed)["requests"]) <= MOST_REQUESTS_WITH_GROUPS)
+    return {
+        "random_groups": [
+            with_groups(kind(seed), seed, vllm_version) for seed in itertools.islice(small, N_RANDOM_GROUPS)
+        ]
+    }
 
 
 def groups_of(engine: EngineCore) -> list[list]:
@@ -599,8 +604,7 @@ def random_plays(seed: int, model_dir: str) -> Iterator[tuple[dict, dict]]:
     """Random scenarios as the real scheduler plays them, and as the reference does."""
     scenarios_of_seed = [(random_scenario(seed), random_timed_scenario(seed))]
     scenarios_of_seed.append(tuple(with_policies(scenario, seed) for scenario in scenarios_of_seed[0]))
-    if vllm_version in RELEASES_WITH_GROUPS:
-        scenarios_of_seed.append(tuple(with_groups(scenario, seed) for scenario in scenarios_of_seed[0]))
+    scenarios_of_seed.append(tuple(with_groups(scenario, seed, vllm_version) for scenario in scenarios_of_seed[0]))
     for by_step, by_time in scenarios_of_seed:
         recording = play(of_this_version(by_step), model_dir)
         yield recording, vllm_reference.simulate(recording)

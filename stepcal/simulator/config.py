@@ -4,8 +4,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
+import numpy as np
+
 from stepcal.errors import InputError, NotModelledError, shown
-from stepcal.simulator.versions import NEWEST, OLDEST, VllmRelease, release_of
+from stepcal.simulator.versions import OLDEST, VllmRelease, release_of
+from stepcal.units import IntArray
 
 KV_KINDS = ("full", "sliding", "chunked")
 
@@ -63,6 +66,18 @@ class KvGroup:
                 "full attention has none (0)."
             )
 
+    def tokens_read(self, context: IntArray) -> IntArray:
+        """Tokens that a layer reads for the token that ends each context, shape of `context`.
+
+        Examples
+        --------
+        >>> KvGroup("sliding", 4).tokens_read(np.arange(1, 7)).tolist()
+        [1, 2, 3, 4, 4, 4]
+        """
+        if self.kind == "sliding":
+            return np.minimum(context, self.window)
+        return (context - 1) % self.window + 1 if self.kind == "chunked" else context
+
 
 @dataclass(frozen=True, kw_only=True)
 class ServerConfig:
@@ -91,12 +106,15 @@ class ServerConfig:
         Release of vLLM, see `stepcal.simulator.versions`. By default 0.15.1, which the study's runs had.
     kv_groups : tuple of KvGroup
         Groups of layers where layers differ in what they read (hybrid KV cache), in vLLM's order; by default one, with
-        full attention. Windows are all alike.
+        full attention.
+    disable_hybrid_kv_cache_manager : bool, optional
+        Whether the KV of all layers is kept as if they had full attention; windows then still save time, but no blocks. By
+        default as vLLM decides: so with KV offloading in releases before 0.24.0.
 
     Raises
     ------
     InputError
-        If a limit is not positive, or the token budget is below the sequence limit.
+        If a limit is not positive, the token budget is below the sequence limit, or vLLM refuses the groups.
     NotModelledError
         If the release is older than all recorded ones.
     """
@@ -111,6 +129,7 @@ class ServerConfig:
     async_scheduling: bool = True
     vllm_version: str = OLDEST
     kv_groups: tuple[KvGroup, ...] = (KvGroup(),)
+    disable_hybrid_kv_cache_manager: bool | None = None
 
     def __post_init__(self) -> None:
         release_of(self.vllm_version)
@@ -144,23 +163,39 @@ class ServerConfig:
         return self.kv_blocks - 1
 
     def _check_groups(self) -> None:
-        windows = {(group.kind, group.window) for group in self.kv_groups if group.kind != "full"}
-        if not self.kv_groups:
+        kinds = [(group.kind, group.window) for group in self.kv_groups]
+        if not kinds:
             raise InputError("`kv_groups` is empty; a model has at least one group of layers.")
-        if len(windows) > 1:
-            raise NotModelledError(
-                f"`kv_groups` has windows of {len(windows)} kinds; groups with windows are modelled where they are alike."
+        runs = [kind for i, kind in enumerate(kinds) if i == 0 or kinds[i - 1] != kind]
+        if len(set(runs)) < len(runs) or (len(kinds) > 1 and len(runs) == 1):
+            raise InputError(
+                "`kv_groups` is not in vLLM's order: groups of layers that are alike stand side by side, and layers "
+                "that are all alike are one group. `stepcal.specs.layer_windows` makes the groups of a model."
             )
-        if windows and not self.release.has_recorded_groups:
-            raise NotModelledError(
-                f"`kv_groups` has windows, which are modelled for vLLM {NEWEST} (`vllm_version` is {self.vllm_version}): "
-                "their KV cache was recorded there."
+        if not self.is_hybrid_cache_off:
+            return
+        windows = {kind for kind in kinds if kind[0] != "full"}
+        has_two_sizes = len({kind for kind, _ in windows}) < len(windows)
+        if has_two_sizes or (len(windows) > 1 and len(windows) == len(set(kinds))):
+            raise InputError(
+                f"`kv_groups` has windows of {len(windows)} kinds or sizes, which vLLM refuses to keep as if they were full "
+                "attention, as it does without its hybrid KV cache manager "
+                f"(`disable_hybrid_kv_cache_manager`, or KV offloading in vLLM {self.vllm_version})."
             )
 
     @property
-    def window(self) -> KvGroup:
-        """The window of the layers that have one; full attention where none has."""
-        return next((group for group in self.kv_groups if group.kind != "full"), KvGroup())
+    def is_hybrid_cache_off(self) -> bool:
+        """Whether the KV of all layers is kept as if they had full attention, where some have."""
+        if self.disable_hybrid_kv_cache_manager is None:
+            return self.offload_blocks > 0 and self.release.drops_groups_with_connector
+        return self.disable_hybrid_kv_cache_manager
+
+    @property
+    def groups(self) -> tuple[KvGroup, ...]:
+        """Groups of layers in which KV blocks are kept; those of `kv_groups`, unless the hybrid KV cache is off."""
+        if self.is_hybrid_cache_off and any(group.kind == "full" for group in self.kv_groups):
+            return (KvGroup(layers=sum(group.layers for group in self.kv_groups)),)
+        return self.kv_groups
 
     @property
     def window_share(self) -> float:
@@ -170,18 +205,27 @@ class ServerConfig:
 
     @property
     def has_groups(self) -> bool:
-        """Whether layers differ in what they read, or all have a window."""
-        return len(self.kv_groups) > 1 or self.kv_groups[0].kind != "full"
+        """Whether blocks are kept by groups that differ in what their layers read, or all have a window."""
+        return len(self.groups) > 1 or self.groups[0].kind != "full"
 
     def most_blocks(self, group: KvGroup, n_tokens: int) -> int:
         """Blocks that a request of `n_tokens` holds at most at one time in a group, as vLLM's admission counts them."""
         blocks = -(-n_tokens // self.block_size)
-        if group.kind == "full":
+        if group.kind == "full" or not self.release.knows_that_windows_slide:
             return blocks
-        in_flight = (2 if self.async_scheduling else 1) * self.max_num_batched_tokens
+        batches = 2 if self.async_scheduling and self.release.counts_all_batches_in_flight else 1
         before = group.window - 1 if group.kind == "sliding" else group.window
-        most = -(-min(before + in_flight, self.max_model_len) // self.block_size)
+        most = -(-min(before + batches * self.max_num_batched_tokens, self.max_model_len) // self.block_size)
         return min(blocks, most + 1 if group.kind == "sliding" else most)
+
+    def least_blocks(self, group: KvGroup, n_tokens: int) -> int:
+        """Blocks that a request certainly holds in a group when the last of `n_tokens` is computed."""
+        skipped = 0
+        if group.kind == "sliding":
+            skipped = max(0, n_tokens - group.window) // self.block_size
+        elif group.kind == "chunked":
+            skipped = (n_tokens - 1) // group.window * group.window // self.block_size
+        return -(-n_tokens // self.block_size) - skipped
 
     @property
     def release(self) -> VllmRelease:

@@ -54,7 +54,7 @@ def _free_all(
 ) -> None:
     """A running request gives back its blocks, of which `n_full` are full and their tokens known."""
     if limits.has_groups:
-        free_groups(pool, slots, slot)
+        free_groups(limits, pool, slots, slot)
         _forget_own(limits, requests, slots, pool, slot)
         return
     free_unfindable(limits, pool, n_blocks - n_full)

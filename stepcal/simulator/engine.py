@@ -32,6 +32,7 @@ from stepcal.units import US_PER_S
 
 # Rounds of the compiled loop between two looks at the progress bar and at Ctrl-C; well below a second.
 _ROUNDS_PER_VISIT = 1 << 18
+_MOST_PREEMPTIONS = 10**5  # of one request; no run that gets on has so many
 _ROUNDS_BETWEEN_REPORTS = 1 << 15  # about a sixth of a second
 _COMPILED_MODULES = (
     "layout",
@@ -225,7 +226,7 @@ class EngineRun:
                 self.recorder.drain(self.state)
                 if reason == at.DONE:
                     return
-                if reason != at.PAUSED:
+                if reason != at.PAUSED or self._runs_in_circles():
                     self._fail(reason)
                 if on_progress is not None:
                     on_progress(int(self.state.n_ended), n_requests)
@@ -235,12 +236,23 @@ class EngineRun:
                 f"({self.state.n_steps:,} steps); there is no result. Start it again, or simulate fewer requests."
             ) from interrupt
 
+    def _runs_in_circles(self) -> bool:
+        """Whether a request preempts itself again and again: with windows, blocks can suffice for its end but not before."""
+        return self.server.has_groups and int(self.requests.rows["preemptions"].max(initial=0)) > _MOST_PREEMPTIONS
+
     def _fail(self, reason: int) -> None:
         if reason == at.BAD_DURATION:
             raise InputError(
                 f"The step time is negative, NaN or infinite in step {self.state.n_steps} "
                 f"({self.batch.prefill_tokens} prefill tokens, {self.batch.decode_reqs} decoding requests). "
                 "Check the step-time components, or set `floor_us`."
+            )
+        if self.server.has_groups:
+            waiting = np.isin(self.requests.rows["status"], (at.WAITING, at.RUNNING))
+            raise InputError(
+                f"Request {self.request_list._name(int(np.argmax(waiting)))} waits for ever: {self.server.usable_blocks} KV "
+                f"blocks (`kv_blocks` - 1) are free, and vLLM {self.server.release.version} needs more to admit it, or for "
+                "its next chunk, in all groups together. Raise `kv_blocks`, or lower `max_num_batched_tokens`."
             )
         raise RuntimeError(
             f"The engine stopped with requests left (reason {reason}): this is a defect of the simulator."

@@ -1,8 +1,9 @@
 """KV blocks of models whose layers differ in what they read: full attention beside sliding windows or chunks.
 
-As vLLM 0.33.0's hybrid KV cache: each group of layers has blocks of its own for the same tokens, all out of one pool.
-What a window has left behind is given back, and a prefix is a hit only as far as every group can go on from there. Here
-every block is told apart and every call is made one by one, because blocks come and go in most of them.
+As vLLM's hybrid KV cache: each group of layers has blocks of its own for the same tokens, all out of one pool. What a
+window has left behind is given back, and a prefix is a hit only as far as every group can go on from there. Here every
+block is told apart and every call is made one by one, because blocks come and go in most of them. Releases differ, see
+`versions.VllmRelease`.
 """
 
 from stepcal.simulator import layout as at
@@ -25,37 +26,6 @@ def _skipped(limits: Limits, pool: Pool, group: int, n_computed: int) -> int:
     if kind == at.CHUNKED:
         return n_computed // window * window // limits.block_size
     return 0
-
-
-@compiled
-def window_read(limits: Limits, pool: Pool, context: int) -> int:
-    """Tokens that a layer with a window reads for the token that ends a context; 0 without such layers."""
-    for group in range(pool.groups.size):
-        if pool.groups.kind[group] == at.SLIDING:
-            return min(context, pool.groups.window[group])
-        if pool.groups.kind[group] == at.CHUNKED:
-            return (context - 1) % pool.groups.window[group] + 1
-    return 0
-
-
-@compiled
-def decode_window_kv(limits: Limits, pool: Pool, slots: Slots, state: State) -> int:
-    """Tokens that a layer with a window reads for the decoding requests of this call."""
-    total, call = 0, state.n_calls
-    for i in range(state.n_running):
-        slot = slots.running[i]
-        if slots.rows.state[slot] == at.SLOT_DECODE and slots.rows.finish_call[slot] >= call:
-            total += window_read(limits, pool, slots.rows.base[slot] + call + 1)
-    return total
-
-
-@compiled
-def chunk_window_pairs(limits: Limits, pool: Pool, context: int, chunk: int) -> int:
-    """Query-context pairs of a chunk of a prompt in a layer with a window."""
-    total = 0
-    for i in range(1, chunk + 1):
-        total += window_read(limits, pool, context + i)
-    return total
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -84,10 +54,10 @@ def _node(pool: Pool, slots: Slots, slot: int, chain: int, group: int, j: int) -
 
 
 @compiled
-def _cached(pool: Pool, slots: Slots, slot: int, chain: int, is_full: bool, j: int) -> bool:
-    """Whether block `j` is cached in all groups with full attention, or in all others; leaves them in the table."""
+def _cached(pool: Pool, slots: Slots, slot: int, chain: int, alike: int, j: int) -> bool:
+    """Whether block `j` is cached in all groups that are alike; leaves them in the table."""
     for group in range(pool.groups.size):
-        if (pool.groups.kind[group] == at.FULL) == is_full:
+        if pool.groups.alike[group] == alike:
             block = pool.nodes.first[_node(pool, slots, slot, chain, group, j)]
             if block == 0:
                 return False
@@ -96,9 +66,9 @@ def _cached(pool: Pool, slots: Slots, slot: int, chain: int, is_full: bool, j: i
 
 
 @compiled
-def _set_null(pool: Pool, slots: Slots, slot: int, j: int) -> None:
+def _set_null(pool: Pool, slots: Slots, slot: int, alike: int, j: int) -> None:
     for group in range(pool.groups.size):
-        if pool.groups.kind[group] != at.FULL:
+        if pool.groups.alike[group] == alike:
             slots.table[slot, group, j] = 0
 
 
@@ -111,58 +81,65 @@ def _set_null(pool: Pool, slots: Slots, slot: int, j: int) -> None:
 def find_hits(limits: Limits, pool: Pool, slots: Slots, slot: int, chain: int, known: int) -> int:
     """Blocks that every group has cached, or no longer needs; they are left in the slot's table.
 
-    Where the groups with full attention have more, the slot's `shared_prefix` says how many.
+    Each kind takes what the ones before it have left, until all agree. Where one had more, the slot's `shared_prefix` says
+    how many.
     """
     slots.rows.shared_prefix[slot] = 0
     if not limits.has_caching:
         return 0
-    most = (known - 1) // limits.block_size
-    length, n_full, windowed = known - 1, most, -1
-    for group in range(pool.groups.size):
-        if pool.groups.kind[group] != at.FULL:
-            windowed = group
-    if pool.n_full_groups:
-        n_full = 0
-        while n_full < most and _cached(pool, slots, slot, chain, True, n_full):
-            n_full += 1
-        length = n_full * limits.block_size
-    if windowed < 0:
-        return n_full
-    if pool.groups.kind[windowed] == at.CHUNKED:
-        n = _find_chunk(limits, pool, slots, slot, chain, length, pool.groups.window[windowed])
-    else:
-        n = _find_tail(pool, slots, slot, chain, n_full, pool.groups.need[windowed])
-    if pool.n_full_groups and n_full > n:
-        slots.rows.shared_prefix[slot] = n_full
+    has_full = pool.alike.kind[0] == at.FULL
+    is_simple = pool.alike.size == 1 or (pool.alike.size == 2 and has_full)
+    length, longest, has_looked = known - 1, 0, False
+    while True:
+        left = length
+        for alike in range(pool.alike.size):
+            if has_looked and has_full and alike == 0:
+                continue  # a shorter prefix is cached too
+            left = _find(limits, pool, slots, slot, chain, alike, left) * limits.block_size
+            longest = max(longest, left)
+        has_looked = True
+        if left >= length:
+            break
+        length = left
+        if is_simple:
+            break
+    n = length // limits.block_size
+    if longest > length:
+        slots.rows.shared_prefix[slot] = longest // limits.block_size
     return n
 
 
 @compiled
-def _find_tail(pool: Pool, slots: Slots, slot: int, chain: int, n: int, need: int) -> int:
+def _find(limits: Limits, pool: Pool, slots: Slots, slot: int, chain: int, alike: int, length: int) -> int:
+    """Blocks of at most `length` tokens from which groups that are alike can go on."""
+    most, kind, window = length // limits.block_size, pool.alike.kind[alike], pool.alike.window[alike]
+    if kind == at.SLIDING:
+        return _find_tail(pool, slots, slot, chain, alike, most, pool.alike.need[alike])
+    n = 0
+    if kind == at.CHUNKED:  # what lies before the last chunk counts as there
+        n = length // window * window // limits.block_size
+        for j in range(n):
+            _set_null(pool, slots, slot, alike, j)
+    while n < most and _cached(pool, slots, slot, chain, alike, n):
+        n += 1
+    return n
+
+
+@compiled
+def _find_tail(pool: Pool, slots: Slots, slot: int, chain: int, alike: int, n: int, need: int) -> int:
     """The longest prefix of at most `n` blocks whose last window is cached, or what is cached from the start."""
     run = 0
     for j in range(n - 1, -1, -1):
-        if _cached(pool, slots, slot, chain, False, j):
+        if _cached(pool, slots, slot, chain, alike, j):
             run += 1
             if run >= need:
                 for i in range(j):
-                    _set_null(pool, slots, slot, i)
+                    _set_null(pool, slots, slot, alike, i)
                 return j + run
         else:
-            _set_null(pool, slots, slot, j)
+            _set_null(pool, slots, slot, alike, j)
             run = 0
     return run
-
-
-@compiled
-def _find_chunk(limits: Limits, pool: Pool, slots: Slots, slot: int, chain: int, length: int, window: int) -> int:
-    """What lies before the last chunk counts as there; of that chunk, what is cached from its start."""
-    n = length // window * window // limits.block_size
-    for j in range(n):
-        _set_null(pool, slots, slot, j)
-    while n < length // limits.block_size and _cached(pool, slots, slot, chain, False, n):
-        n += 1
-    return n
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -176,7 +153,7 @@ def blocks_missing(
 ) -> int:
     """Free blocks that a request's first `n_tokens` take: new ones, and hits that nobody holds.
 
-    `n_hits` is -1 for a running request. With `is_whole`, a window counts with what it holds at most at one time.
+    `n_hits` is -1 for a running request. With `is_whole`, a window counts with what its release takes for the most.
     """
     total = 0
     for group in range(pool.groups.size):
@@ -232,15 +209,18 @@ def take_new(limits: Limits, pool: Pool, slots: Slots, slot: int, n_tokens: int)
 
 
 @compiled
-def _give_back(pool: Pool, slots: Slots, slot: int, group: int, first: int, end: int) -> None:
-    """Blocks `first` up to `end` of a table, the last one first; what nobody can find goes to the front of the queue."""
+def _give_back(limits: Limits, pool: Pool, slots: Slots, slot: int, group: int, first: int, end: int) -> None:
+    """Blocks `first` up to `end` of a table, the last one first; in newer releases, what nobody can find to the front."""
     for j in range(end - 1, first - 1, -1):
         block = slots.table[slot, group, j]
         if block:
             pool.entries.references[block] -= 1
-            if pool.entries.references[block] == 0 and pool.entries.node[block] >= 0:
+            is_last = pool.entries.node[block] >= 0 or not limits.reuses_unfindable_first
+            if pool.entries.references[block] == 0 and is_last:
                 append(pool, block)
                 pool.n.free += 1
+            if not limits.reuses_unfindable_first:
+                slots.table[slot, group, j] = 0
     for j in range(first, end):
         block = slots.table[slot, group, j]
         if block and pool.entries.references[block] == 0 and pool.entries.node[block] < 0:
@@ -255,12 +235,12 @@ def allocate_running(
 ) -> bool:
     """Blocks for the next tokens of a running request, after what its windows have left behind is given back.
 
-    Windows are cut by what is processed: `in_flight` tokens may still be read from what lies before them.
+    In newer releases windows are cut by what is processed: `in_flight` tokens may still read what lies before them.
     """
     for group in range(pool.groups.size):
         end = min(_skipped(limits, pool, group, max(0, computed - in_flight)), slots.table_len[slot, group])
         if end > slots.first_live[slot, group]:
-            _give_back(pool, slots, slot, group, slots.first_live[slot, group], end)
+            _give_back(limits, pool, slots, slot, group, slots.first_live[slot, group], end)
             slots.first_live[slot, group] = end
     if blocks_missing(limits, pool, slots, slot, n_tokens, -1, 0) > pool.n.free:
         return False
@@ -270,7 +250,7 @@ def allocate_running(
 
 @compiled
 def register_groups(limits: Limits, pool: Pool, slots: Slots, slot: int, chain: int, n_full: int) -> None:
-    """Let others find a request's blocks up to `n_full`; of a sliding window, those from which a prompt can go on."""
+    """Let others find a request's blocks up to `n_full`; in newer releases, of a sliding window, where prompts go on."""
     if not limits.has_caching or n_full <= slots.rows.n_keyed[slot]:
         return
     prompt_end = (slots.rows.prompt[slot] - 1) // limits.block_size
@@ -279,8 +259,11 @@ def register_groups(limits: Limits, pool: Pool, slots: Slots, slot: int, chain: 
         need = pool.groups.need[group]
         for j in range(slots.rows.n_keyed[slot], n_full):
             block = slots.table[slot, group, j]
-            is_kept = pool.groups.kind[group] != at.SLIDING or (
-                prompt_end - need <= j < prompt_end or shared_end - need <= j < shared_end
+            is_kept = (
+                not limits.keeps_windows_where_prompts_end
+                or pool.groups.kind[group] != at.SLIDING
+                or prompt_end - need <= j < prompt_end
+                or shared_end - need <= j < shared_end
             )
             if block and is_kept:
                 node = _node(pool, slots, slot, chain, group, j)
@@ -297,10 +280,10 @@ def register_groups(limits: Limits, pool: Pool, slots: Slots, slot: int, chain: 
 
 
 @compiled
-def free_groups(pool: Pool, slots: Slots, slot: int) -> None:
+def free_groups(limits: Limits, pool: Pool, slots: Slots, slot: int) -> None:
     """Give back all blocks of a request, group by group."""
     for group in range(pool.groups.size):
-        _give_back(pool, slots, slot, group, slots.first_live[slot, group], slots.table_len[slot, group])
+        _give_back(limits, pool, slots, slot, group, slots.first_live[slot, group], slots.table_len[slot, group])
         slots.table_len[slot, group] = 0
         slots.first_live[slot, group] = 0
     slots.rows.n_keyed[slot] = 0

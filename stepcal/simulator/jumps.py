@@ -30,7 +30,7 @@ def jump_limit(limits: Limits, requests: Requests, slots: Slots, pool: Pool, sta
     n_waiting = state.n_preempted + state.n_queued
     n_decode = state.n_decoding
     is_async = limits.flight_limit > 1
-    if record.is_on or limits.has_groups or n_decode == 0 or state.prefill_slot >= 0:
+    if record.is_on or limits.has_groups or limits.has_windows or n_decode == 0 or state.prefill_slot >= 0:
         return 0
     if state.n_in_flight != limits.flight_limit - 1:
         return 0

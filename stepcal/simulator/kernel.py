@@ -14,7 +14,6 @@ from stepcal.simulator.blocks import take_blocks
 from stepcal.simulator.clock import count_gaps, gap_bin, step_duration
 from stepcal.simulator.compilation import cached, inlined
 from stepcal.simulator.departures import finish_requests
-from stepcal.simulator.groups import chunk_window_pairs, decode_window_kv, window_read
 from stepcal.simulator.intake import abort_before_output, abort_due, next_arrival, receive
 from stepcal.simulator.jumps import begin_jump, end_asynchronous_jump, jump_limit, put_in_flight
 from stepcal.simulator.layout import Batch, Limits, Pool, Record, Requests, Slots, State, Times
@@ -28,6 +27,7 @@ from stepcal.simulator.scheduling import (
     schedule_prefill,
     schedule_short_of_blocks,
 )
+from stepcal.simulator.windows import chunk_window_kv, chunk_window_pairs, decode_window_kv
 
 
 @inlined
@@ -69,8 +69,8 @@ def _schedule_decoding(
             register_outputs(limits, requests, slots, pool, state, call)
     batch.decode_reqs = state.n_decoding
     batch.decode_kv = state.sum_base + state.n_decoding * (call + 1)
-    if limits.has_groups:
-        batch.window_kv = decode_window_kv(limits, pool, slots, state)
+    if limits.has_windows:
+        batch.window_kv = decode_window_kv(pool, slots, state)
     for stage in range(slots.stage_batch.size):
         slots.stage_batch[stage] = slots.stage_decoding[stage]
     if state.next_finish == call:
@@ -153,9 +153,9 @@ def _add_to_batch(limits: Limits, pool: Pool, slots: Slots, batch: Batch, slot: 
     batch.prefill_tokens += chunk
     batch.prefill_kv += context + chunk
     batch.prefill_pairs += chunk * context + chunk * (chunk + 1) // 2
-    if limits.has_groups:
-        batch.prefill_window_kv += min(context + chunk, chunk - 1 + window_read(limits, pool, context + 1))
-        batch.window_pairs += chunk_window_pairs(limits, pool, context, chunk)
+    if limits.has_windows:
+        batch.prefill_window_kv += chunk_window_kv(pool, context, chunk)
+        batch.window_pairs += chunk_window_pairs(pool, context, chunk)
     if slots.rows.state[slot] == at.SLOT_DECODE and slots.rows.finish_call[slot] == call:
         batch.has_finish += 1
 

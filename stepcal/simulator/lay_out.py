@@ -37,8 +37,11 @@ def limits_of(
         needs_duration=int(asks),
         has_caching=int(server.enable_prefix_caching),
         has_groups=int(server.has_groups),
+        has_windows=int(server.window_share > 0.0),
         admits_whole_sequences=int(server.release.admits_whole_sequences),
         reuses_unfindable_first=int(server.release.reuses_unfindable_blocks_first),
+        waits_for_windows_in_flight=int(server.release.waits_for_windows_in_flight),
+        keeps_windows_where_prompts_end=int(server.release.keeps_windows_where_prompts_end),
         api_after_us=float(api_after_us),
         api_before_us=float(api_before_us),
         timeout_us=timeout_us,
@@ -130,7 +133,7 @@ def _check_fits(requests: RequestList, prompt_tokens: Any, server: ServerConfig)
     n_blocks = -(-(total - 1) // server.block_size)
     if server.has_groups:
         lengths, which = np.unique(total - 1, return_inverse=True)
-        n_blocks = np.array([sum(server.most_blocks(g, n) for g in server.kv_groups) for n in lengths.tolist()])[which]
+        n_blocks = np.array([sum(server.least_blocks(g, n) for g in server.groups) for n in lengths.tolist()])[which]
     if (n_blocks > server.usable_blocks).any():
         i = int(np.argmax(n_blocks > server.usable_blocks))
         raise InputError(
@@ -158,7 +161,7 @@ def prefixes_of(requests: RequestList, server: ServerConfig) -> PrefixTable:
 def lay_out_slots(server: ServerConfig, requests: RequestList, max_keyed_blocks: int) -> Slots:
     """All slots free."""
     n, n_stages = server.max_num_seqs, requests.n_stages
-    n_groups = len(server.kv_groups)
+    n_groups = len(server.groups)
     n_blocks = table_blocks(server, requests) if server.has_groups else 0
     rows = np.zeros(n, at.SLOT_ROW)
     for name in ("chunk_call", "finish_call"):
@@ -185,13 +188,30 @@ def table_blocks(server: ServerConfig, requests: RequestList) -> int:
     return longest // server.block_size + 1
 
 
-def _lay_out_groups(server: ServerConfig) -> Any:
-    groups = np.zeros(len(server.kv_groups), at.GROUP_ROW)
-    for row, group in zip(groups, server.kv_groups, strict=True):
-        row["kind"], row["window"] = KV_KINDS.index(group.kind), group.window
+def _lay_out_groups(server: ServerConfig) -> tuple[Any, Any]:
+    """A row for each group, and one for all that are alike, full attention first, else in the order of the groups."""
+    groups = np.zeros(len(server.groups), at.GROUP_ROW)
+    kinds = [(KV_KINDS.index(group.kind), group.window) for group in server.groups]
+    alike = sorted(dict.fromkeys(kinds), key=lambda kind: kind[0] != at.FULL)
+    for row, group, kind in zip(groups, server.groups, kinds, strict=True):
+        row["kind"], row["window"] = kind
         row["need"] = -(-(group.window - 1) // server.block_size) if group.kind == "sliding" else 0
         row["most_blocks"] = server.most_blocks(group, server.max_model_len)
-    return groups
+        row["alike"] = alike.index(kind)
+    return groups, groups[[kinds.index(kind) for kind in alike]]
+
+
+def _lay_out_windows(server: ServerConfig) -> Any:
+    """The windows that layers read, and the share of the layers with a window that read each."""
+    layers: dict[tuple[int, int], int] = {}
+    for group in server.kv_groups:
+        if group.kind != "full":
+            kind = (KV_KINDS.index(group.kind), group.window)
+            layers[kind] = layers.get(kind, 0) + group.layers
+    windows = np.zeros(len(layers), at.WINDOW_ROW)
+    for row, (kind, n) in zip(windows, layers.items(), strict=True):
+        row["kind"], row["window"], row["share"] = *kind, n / sum(layers.values())
+    return windows
 
 
 def lay_out_pool(server: ServerConfig, requests: RequestList, prefixes: PrefixTable) -> Pool:
@@ -208,16 +228,18 @@ def lay_out_pool(server: ServerConfig, requests: RequestList, prefixes: PrefixTa
         order = np.arange(n - 1)
         entries["next"][:-1], entries["prev"][:-1] = np.roll(order, -1), np.roll(order, 1)
         entries["count"] = 1
-        n_nodes = len(server.kv_groups) * (n_nodes + server.max_num_seqs * table_blocks(server, requests))
+        n_nodes = len(server.groups) * (n_nodes + server.max_num_seqs * table_blocks(server, requests))
     counts = at.one_row(at.BLOCK_COUNTS)
     counts.free, counts.spare = server.usable_blocks, n - 2
     segments = np.zeros(prefixes.segment_end.size, at.SEGMENT_ROW)
     segments["offset"], segments["end"] = prefixes.segment_offset, prefixes.segment_end
+    groups, alike = _lay_out_groups(server)
     return Pool(
         entries=entries,
         nodes=np.zeros(n_nodes, at.NODE_ROW),
-        groups=_lay_out_groups(server),
-        n_full_groups=sum(group.kind == "full" for group in server.kv_groups),
+        groups=groups,
+        alike=alike,
+        windows=_lay_out_windows(server),
         chain_start=prefixes.chain_start,
         segments=segments,
         ghost=np.zeros(server.max_num_seqs, np.int32),

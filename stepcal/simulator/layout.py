@@ -94,9 +94,9 @@ BATCH = np.dtype(
         ("prefill_pairs", np.int64),
         ("decode_reqs", np.int64),
         ("decode_kv", np.int64),
-        ("window_kv", np.int64),  # what layers with a window read of it, see `groups`
-        ("prefill_window_kv", np.int64),
-        ("window_pairs", np.int64),
+        ("window_kv", np.float64),  # what layers with a window read of it in the mean, see `windows`
+        ("prefill_window_kv", np.float64),
+        ("window_pairs", np.float64),
         ("n_waiting", np.int64),
         ("has_finish", np.int64),
     ],
@@ -126,9 +126,12 @@ class Limits(NamedTuple):
     max_jump: int  # most decode steps advanced at once
     needs_duration: int  # 1: the caller supplies every step's duration
     has_caching: int
-    has_groups: int  # 1: layers differ in what they read, see `groups`
+    has_groups: int  # 1: KV blocks are kept by groups of layers, see `groups`
+    has_windows: int  # 1: some layers read a window only
     admits_whole_sequences: int  # see `versions.VllmRelease`
     reuses_unfindable_first: int
+    waits_for_windows_in_flight: int
+    keeps_windows_where_prompts_end: int
     api_after_us: float
     api_before_us: float
     timeout_us: float
@@ -212,10 +215,13 @@ GROUP_ROW = np.dtype(
         ("kind", np.int32),
         ("window", np.int32),  # tokens of the window or chunk
         ("need", np.int32),  # blocks before a position that a sliding window needs to go on from there
-        ("most_blocks", np.int32),  # that a request holds at most at one time
+        ("most_blocks", np.int32),  # that admission counts at most
+        ("alike", np.int32),  # row of the groups that are alike, by which prefixes are looked up
     ],
     align=True,
 )
+# One row a window that layers read, of which groups can be several.
+WINDOW_ROW = np.dtype([("kind", np.int32), ("window", np.int32), ("share", np.float64)])  # of layers with a window
 
 NODE_ROW = np.dtype([("first", np.int32), ("last", np.int32)])  # entries of the copies of a prefix, or 0
 SEGMENT_ROW = np.dtype([("offset", np.int64), ("end", np.int64)])
@@ -268,7 +274,8 @@ class Pool(NamedTuple):
     chain_start: IntArray  # see `prefix.PrefixTable`
     segments: Rows  # SEGMENT_ROW
     groups: Rows  # GROUP_ROW: one row, full attention, unless layers differ; see `groups`
-    n_full_groups: int
+    alike: Rows  # GROUP_ROW: one row for groups that are alike, full attention first
+    windows: Rows  # WINDOW_ROW
     ghost: Int32Array  # per slot: the entry of a preempted request's own cached blocks, or 0
     n: Any  # BLOCK_COUNTS
 

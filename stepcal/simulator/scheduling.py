@@ -167,7 +167,7 @@ def _preempt_last(limits: Limits, requests: Requests, slots: Slots, pool: Pool, 
     n_blocks = blocks_of(computed, limits.block_size)
     n_keyed = slots.rows.n_keyed[slot]
     if limits.has_groups:
-        free_groups(pool, slots, slot)
+        free_groups(limits, pool, slots, slot)
     elif limits.has_caching:
         free_unfindable(limits, pool, n_blocks - max(n_full, n_keyed))
         free_ghost(pool, slot, n_full - n_keyed)
@@ -210,7 +210,7 @@ def schedule_short_of_blocks(
             victim = -1
             computed = slots.rows.base[slot] + call
             if limits.has_groups:
-                in_flight = tokens_in_flight(slots, state, slot)
+                in_flight = tokens_in_flight(slots, state, slot) if limits.waits_for_windows_in_flight else 0
                 while victim != slot and not allocate_running(
                     limits, pool, slots, state, slot, computed, computed + 1, in_flight
                 ):
@@ -257,7 +257,7 @@ def schedule_prefill(
     computed = slots.rows.computed[slot]
     chunk = min(slots.rows.known[slot] - computed, budget)
     if limits.has_groups:
-        in_flight = tokens_in_flight(slots, state, slot)
+        in_flight = tokens_in_flight(slots, state, slot) if limits.waits_for_windows_in_flight else 0
         fits = allocate_running(limits, pool, slots, state, slot, computed, computed + chunk, in_flight)
     else:
         n_new = blocks_of(computed + chunk, limits.block_size) - blocks_of(computed, limits.block_size)
@@ -343,9 +343,8 @@ def _take_first_blocks_of_groups(
     cached = n_hits * limits.block_size
     chunk = min(known - cached, budget)
     if (
-        blocks_missing(limits, pool, slots, slot, known, n_hits, 1) > pool.n.free
-        or blocks_missing(limits, pool, slots, slot, cached + chunk, n_hits, 0) > pool.n.free
-    ):
+        limits.admits_whole_sequences and blocks_missing(limits, pool, slots, slot, known, n_hits, 1) > pool.n.free
+    ) or blocks_missing(limits, pool, slots, slot, cached + chunk, n_hits, 0) > pool.n.free:
         return 0, 0
     take_hits(limits, pool, slots, slot, n_hits)
     take_new(limits, pool, slots, slot, cached + chunk)

@@ -112,7 +112,7 @@ class StepRecorder:
         self._rng = np.random.Generator(np.random.PCG64(seed))
         self._parts: list[dict[str, np.ndarray]] = []
         self._offsets = [0, 0, 0]
-        self._window = server.window
+        self._windows = tuple(group for group in server.kv_groups if group.kind != "full")
         is_on = asks or fraction is not None
         n_rows = _ROWS_PER_DRAIN if is_on else 1
         n_items = (n_rows + 1) * server.max_num_seqs if is_on else 1
@@ -152,7 +152,7 @@ class StepRecorder:
             prefill_kv_lens=kv[is_prefill],
             decode_kv_lens=kv[~is_prefill],
             waiting=int(record.rows["waiting_depth"][row]),
-            window=self._window,
+            windows=self._windows,
         )
         if self._fraction is None or self._rng.random() >= self._fraction:
             state.n_rows = row

@@ -6,7 +6,7 @@ form. Anything else (gradient boosting, tables in several variables) is a callab
 asked at every step.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Protocol
 
@@ -16,9 +16,7 @@ from numpy.typing import ArrayLike
 from stepcal.errors import InputError
 from stepcal.simulator.config import KvGroup, ServerConfig
 from stepcal.simulator.layout import Int32Array, Times
-from stepcal.units import FloatArray, IntArray
-
-_NO_WINDOW = KvGroup()
+from stepcal.units import FloatArray
 
 
 @dataclass(frozen=True)
@@ -35,8 +33,8 @@ class StepBatch:
         Requests left in the queue.
     rejected : float
         Requests whose blocks the offload pool has no room for, see `stepcal.simulator.offload`.
-    window : KvGroup
-        The window of layers that have one, where layers differ in what they read.
+    windows : tuple of KvGroup
+        Windows of the layers that have one. What such a layer reads is the mean over them.
     """
 
     prefill_chunk_tokens: Int32Array
@@ -44,33 +42,31 @@ class StepBatch:
     decode_kv_lens: Int32Array
     waiting: int
     rejected: float = 0.0
-    window: KvGroup = _NO_WINDOW
+    windows: tuple[KvGroup, ...] = ()
 
-    def window_read(self, context: IntArray) -> IntArray:
-        """Tokens that a layer with a window reads for the token that ends each context, shape of `context`."""
-        if self.window.kind == "full":
-            return np.zeros_like(context)
-        if self.window.kind == "sliding":
-            return np.minimum(context, self.window.window)
-        return (context - 1) % self.window.window + 1
+    def _mean(self, tokens: Callable[[KvGroup], int]) -> float:
+        """Mean over the layers with a window, 0 where there are none."""
+        layers = sum(window.layers for window in self.windows)
+        return float(sum(tokens(window) * window.layers for window in self.windows) / layers) if layers else 0.0
 
     @property
-    def window_kv_tokens(self) -> int:
+    def window_kv_tokens(self) -> float:
         """What a layer with a window reads for the decoding requests."""
-        return int(self.window_read(self.decode_kv_lens.astype(np.int64)).sum())
+        return self._mean(lambda window: int(window.tokens_read(self.decode_kv_lens.astype(np.int64)).sum()))
 
     @property
-    def prefill_window_kv_tokens(self) -> int:
+    def prefill_window_kv_tokens(self) -> float:
         """What a layer with a window reads for the prefilling requests."""
         chunk, kv = self.prefill_chunk_tokens.astype(np.int64), self.prefill_kv_lens.astype(np.int64)
-        first = self.window_read(kv - chunk + 1)
-        return int((np.minimum(kv, chunk - 1 + first) * (first > 0)).sum())
+        return self._mean(lambda window: int(np.minimum(kv, chunk - 1 + window.tokens_read(kv - chunk + 1)).sum()))
 
     @property
-    def window_pairs(self) -> int:
+    def window_pairs(self) -> float:
         """Query-context pairs of the prefilling requests in a layer with a window."""
-        chunks = zip(self.prefill_chunk_tokens.tolist(), self.prefill_kv_lens.tolist(), strict=True)
-        return sum(int(self.window_read(np.arange(kv - chunk + 1, kv + 1)).sum()) for chunk, kv in chunks)
+        chunks = list(zip(self.prefill_chunk_tokens.tolist(), self.prefill_kv_lens.tolist(), strict=True))
+        return self._mean(
+            lambda window: sum(int(window.tokens_read(np.arange(kv - chunk + 1, kv + 1)).sum()) for chunk, kv in chunks)
+        )
 
     @property
     def prefill_tokens(self) -> int:

@@ -61,8 +61,20 @@ class VllmRelease:
         Default share of the GPU's memory that the server takes.
     default_limits : tuple of DefaultLimits
         By the GPU's memory, most first.
-    has_recorded_groups : bool
-        Whether the KV cache of layers that differ in what they read was recorded.
+    most_uneven_layers : float
+        Quotient of the numbers of layers of two kinds below which they share groups of the larger number, the smaller kind
+        padded (``get_kv_cache_groups``).
+    knows_that_windows_slide : bool
+        Whether admission counts a window with what it holds at most at one time, not with the whole sequence.
+    counts_all_batches_in_flight : bool
+        Whether that is the window and the tokens of all batches in flight, not of one.
+    waits_for_windows_in_flight : bool
+        Whether the blocks that a window leaves behind are kept until the step in flight has ended.
+    keeps_windows_where_prompts_end : bool
+        Whether of a sliding window only the blocks before a prompt's last token stay findable, and those where a prefix that
+        others share ends, not all.
+    drops_groups_with_connector : bool
+        Whether a KV connector, KV offloading included, makes the server keep all layers as if they had full attention.
     holds_offloaded_blocks : bool
         Whether blocks copied to the pool in CPU memory cannot be evicted from it until their request ends, so that a
         small pool rejects requests; newer releases hold them until the copy is done, and copy prompts alone
@@ -82,11 +94,16 @@ class VllmRelease:
     gpu_memory_utilization: float
     default_limits: tuple[DefaultLimits, ...]
     holds_offloaded_blocks: bool
-    has_recorded_groups: bool = False
     samplers: tuple[SamplerPath, ...]
     captures_token_budget: bool
     captures_most_requests: bool = False
     largest_graph_on_blackwell: int = 512
+    most_uneven_layers: float = 1.5
+    knows_that_windows_slide: bool = False
+    counts_all_batches_in_flight: bool = False
+    waits_for_windows_in_flight: bool = False
+    keeps_windows_where_prompts_end: bool = False
+    drops_groups_with_connector: bool = False
 
     def limits_on(self, accelerator: str, memory_gib: float) -> DefaultLimits:
         """The limits of a server that was given none, on a GPU by name and memory as the driver reports it.
@@ -113,6 +130,8 @@ RELEASES = (
         holds_offloaded_blocks=True,
         samplers=(_SORT,),
         captures_token_budget=False,
+        most_uneven_layers=1.25,
+        drops_groups_with_connector=True,
     ),
     VllmRelease(
         version="0.19.0",
@@ -123,6 +142,7 @@ RELEASES = (
         holds_offloaded_blocks=True,
         samplers=(_TRITON_FROM_8, _SORT),
         captures_token_budget=False,
+        drops_groups_with_connector=True,
     ),
     VllmRelease(
         version="0.24.0",
@@ -133,6 +153,7 @@ RELEASES = (
         holds_offloaded_blocks=False,
         samplers=(_FLASHINFER,),
         captures_token_budget=True,
+        knows_that_windows_slide=True,
     ),
     VllmRelease(
         version="0.33.0",
@@ -141,11 +162,14 @@ RELEASES = (
         gpu_memory_utilization=0.92,
         default_limits=(_LARGEST, _LARGE_BUT_GB10, _SMALL),
         holds_offloaded_blocks=False,
-        has_recorded_groups=True,
         samplers=(_FLASHINFER,),
         captures_token_budget=True,
         captures_most_requests=True,
         largest_graph_on_blackwell=1024,
+        knows_that_windows_slide=True,
+        counts_all_batches_in_flight=True,
+        waits_for_windows_in_flight=True,
+        keeps_windows_where_prompts_end=True,
     ),
 )
 """Recorded releases, oldest first."""

@@ -88,10 +88,10 @@ class Deployment:
         return self.architecture.windows_within(None if self.server is None else self.server.max_model_len)
 
     @property
-    def window(self) -> KvGroup:
-        """The window of those layers, as a batch knows it; full attention where there is none."""
+    def sliding(self) -> tuple[KvGroup, ...]:
+        """The windows of those layers, as a batch knows them."""
         windows = self.windows
-        return KvGroup() if windows is None else KvGroup(windows.kind, windows.window)
+        return () if windows is None else (KvGroup(windows.kind, windows.window, layers=windows.n_windowed),)
 
     @property
     def limits(self) -> ServerConfig:

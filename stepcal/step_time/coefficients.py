@@ -149,7 +149,7 @@ class StepTimeModel:
         if deployment.server is None:
             deployment = replace(deployment, server=_wide_server(decode, chunks, kv))
         return add_components(
-            self.compile(deployment)(StepBatch(chunks, kv, decode, waiting, window=deployment.window))
+            self.compile(deployment)(StepBatch(chunks, kv, decode, waiting, windows=deployment.sliding))
         )
 
     def compile(self, deployment: Deployment) -> CompiledStepTime:

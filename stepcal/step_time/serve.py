@@ -36,7 +36,7 @@ def simulate(
     step_time : StepTimeModel, CompiledStepTime or callable
         How long a step takes. A callable gets each `stepcal.simulator.StepBatch` and returns microseconds. A model knows
         which layers of the deployment read a window; of the other two, `CompiledStepTime.with_windows` and
-        `StepBatch.window` are for that.
+        `StepBatch.windows` are for that.
     arrivals : str
         Of a workload: ``poisson``, ``constant`` or ``gamma``.
     cv : float, optional

@@ -52,7 +52,7 @@ def tokens_read(batch: StepBatch, deployment: Deployment) -> TokensRead:
 
 def with_window(batch: StepBatch, deployment: Deployment) -> StepBatch:
     """Return a batch that knows the window of a deployment's layers."""
-    return replace(batch, window=deployment.window)
+    return replace(batch, windows=deployment.sliding)
 
 
 def within_windows(compiled: CompiledStepTime, deployment: Deployment) -> CompiledStepTime:

@@ -1,7 +1,7 @@
 """A slow reference of KV blocks in several groups: layers with full attention beside layers that see a window.
 
-As vLLM 0.33.0 does it. Every group has its own blocks for the same tokens, out of one pool. Blocks that a window has
-left behind are given back; a prefix is found only as far as every group can go on from there.
+Every group has its own blocks for the same tokens, out of one pool. Blocks that a window has left behind are given back;
+a prefix is found only as far as every group can go on from there. What releases do differently is in `Rules`.
 """
 
 from vllm_reference import Block, BlockPool, Request, Rules, Token
@@ -14,8 +14,8 @@ class Hit:
 
     def __init__(self, groups: list[list[Block | None]], shared_prefix: int):
         self.groups = groups
-        # Blocks that the full-attention group has cached, where a window cannot go on from there; else 0. Newcomers
-        # keep their window's blocks there, for the next one.
+        # Blocks that some groups have cached, where others cannot go on from there; else 0. Newcomers keep the blocks of
+        # their sliding windows there, for the next one.
         self.shared_prefix = shared_prefix
 
     def __len__(self) -> int:
@@ -28,7 +28,11 @@ class GroupedPool(BlockPool):
     def __init__(self, config: dict, rules: Rules):
         super().__init__(config, rules)
         self.groups: list[tuple[str, int]] = [(kind, window) for kind, window in config["kv_groups"]]
-        batches = 2 if config["async_scheduling"] else 1
+        # What is alike is looked up together, full attention first.
+        self.alike: list[tuple[str, int, list[int]]] = []
+        for kind, window in sorted(dict.fromkeys(self.groups), key=lambda group: group[0] != FULL):
+            self.alike.append((kind, window, [g for g, group in enumerate(self.groups) if group == (kind, window)]))
+        batches = 2 if config["async_scheduling"] and rules.counts_all_batches_in_flight else 1
         self.most_in_flight: int = batches * config["max_num_batched_tokens"]
         self.max_model_len: int = config["max_model_len"]
 
@@ -44,6 +48,8 @@ class GroupedPool(BlockPool):
     def most_blocks(self, group: int, n_tokens: int) -> int:
         """Blocks that a request of `n_tokens` holds at most at one time, as admission counts them."""
         kind, window = self.groups[group]
+        if not self.rules.knows_that_windows_slide:
+            return self.blocks_for(n_tokens)
         if kind == SLIDING:
             n = min(window - 1 + self.most_in_flight, self.max_model_len)
             return min(self.blocks_for(n_tokens), self.blocks_for(n) + 1)
@@ -52,9 +58,9 @@ class GroupedPool(BlockPool):
             return min(self.blocks_for(n_tokens), self.blocks_for(n))
         return self.blocks_for(n_tokens)
 
-    def window_blocks(self, group: int) -> int:
+    def window_blocks(self, window: int) -> int:
         """Blocks before a position that a sliding window needs to go on from there."""
-        return -(-(self.groups[group][1] - 1) // self.block_size)
+        return -(-(window - 1) // self.block_size)
 
     # -- prefix hits ---------------------------------------------------------------------------------------------
 
@@ -66,38 +72,55 @@ class GroupedPool(BlockPool):
 
     def find_cached(self, tokens: list[Token]) -> Hit:
         n_groups = len(self.groups)
-        if not self.enable_prefix_caching:
-            return Hit([[] for _ in range(n_groups)], 0)
-        prefixes = self.prefixes(tokens, (len(tokens) - 1) // self.block_size)
-        full = [g for g, (kind, _) in enumerate(self.groups) if kind == FULL]
-        others = [g for g in range(n_groups) if g not in full]
         found: list[list[Block | None]] = [[] for _ in range(n_groups)]
-        length = len(tokens) - 1
-        n = len(prefixes)
-        if full:
-            n = 0
-            while n < len(prefixes) and (blocks := self._cached(prefixes[n], full)):
-                for g, block in zip(full, blocks, strict=True):
-                    found[g].append(block)
-                n += 1
-            length = n * self.block_size
-        n_full = n
-        if others:
-            kind, window = self.groups[others[0]]
-            lists = (
-                self._chunk(prefixes, others, length, window) if kind == CHUNKED else self._tail(prefixes, others, n)
-            )
-            for g, blocks in zip(others, lists, strict=True):
-                found[g] = blocks
-            n = len(lists[0])
-            for g in full:
-                del found[g][n:]
-        return Hit(found, n_full if full and n_full > n else 0)
+        if not self.enable_prefix_caching:
+            return Hit(found, 0)
+        prefixes = self.prefixes(tokens, (len(tokens) - 1) // self.block_size)
+        # Each kind takes what the ones before it have left, until all agree: what one has cut, another may have to cut
+        # further. Beside full attention one other kind needs no second look.
+        length, longest = len(tokens) - 1, 0
+        is_simple = len(self.alike) == 1 or (len(self.alike) == 2 and self.alike[0][0] == FULL)
+        has_looked = False
+        while True:
+            left = length
+            for kind, window, groups in self.alike:
+                if kind == FULL and has_looked:
+                    continue  # a shorter prefix is cached too
+                lists = self._find(prefixes, kind, window, groups, left)
+                for g, blocks in zip(groups, lists, strict=True):
+                    found[g] = blocks
+                left = len(lists[0]) * self.block_size
+                longest = max(longest, left)
+            has_looked = True
+            if left >= length:
+                break
+            length = left
+            if is_simple:
+                break
+        n = length // self.block_size
+        return Hit([blocks[:n] for blocks in found], longest // self.block_size if longest > length else 0)
 
-    def _tail(self, prefixes: list[int], groups: list[int], n: int) -> list[list[Block | None]]:
+    def _find(
+        self, prefixes: list[int], kind: str, window: int, groups: list[int], length: int
+    ) -> list[list[Block | None]]:
+        """The longest prefix of at most `length` tokens from which groups that are alike can go on."""
+        if kind == SLIDING:
+            return self._tail(prefixes, groups, length // self.block_size, self.window_blocks(window))
+        # What lies before the last chunk counts as there; of the chunk, what is cached from its start.
+        start = length // window * window // self.block_size if kind == CHUNKED else 0
+        lists: list[list[Block | None]] = [[None] * start for _ in groups]
+        for i in range(start, length // self.block_size):
+            blocks = self._cached(prefixes[i], groups)
+            if blocks is None:
+                break
+            for listed, block in zip(lists, blocks, strict=True):
+                listed.append(block)
+        return lists
+
+    def _tail(self, prefixes: list[int], groups: list[int], n: int, need: int) -> list[list[Block | None]]:
         """The longest prefix of at most `n` blocks whose last window is cached, or whatever is from the start."""
         lists: list[list[Block | None]] = [[None] * n for _ in groups]
-        need, run = self.window_blocks(groups[0]), 0
+        run = 0
         for i in range(n - 1, -1, -1):
             blocks = self._cached(prefixes[i], groups)
             run = 0 if blocks is None else run + 1
@@ -107,18 +130,6 @@ class GroupedPool(BlockPool):
                 if run >= need:
                     return [listed[: i + run] for listed in lists]
         return [listed[:run] for listed in lists]
-
-    def _chunk(self, prefixes: list[int], groups: list[int], length: int, chunk: int) -> list[list[Block | None]]:
-        """What lies before the last chunk counts as there; of the chunk, what is cached from its start."""
-        start = length // chunk * chunk // self.block_size
-        lists: list[list[Block | None]] = [[None] * start for _ in groups]
-        for i in range(start, length // self.block_size):
-            blocks = self._cached(prefixes[i], groups)
-            if blocks is None:
-                break
-            for listed, block in zip(lists, blocks, strict=True):
-                listed.append(block)
-        return lists
 
     # -- allocation ----------------------------------------------------------------------------------------------
 
@@ -141,8 +152,9 @@ class GroupedPool(BlockPool):
 
     def allocate(self, request: Request, n_tokens: int, cached: Hit | list) -> bool:
         if request.state == "running":
-            # Windows are cut by what is processed: a step in flight may still read what it left behind.
-            self._leave_behind(request, max(0, request.kv_len - request.tokens_in_flight))
+            # A step in flight may still read what it left behind; only newer releases wait for it.
+            in_flight = request.tokens_in_flight if self.rules.waits_for_windows_in_flight else 0
+            self._leave_behind(request, max(0, request.kv_len - in_flight))
         if self._blocks_missing(request, n_tokens, cached, as_admitted=False) > len(self.free):
             return False
         if isinstance(cached, Hit):
@@ -182,12 +194,13 @@ class GroupedPool(BlockPool):
             self._give_back(freed)
 
     def _give_back(self, blocks: list[Block]) -> None:
-        """In the order in which they are to be taken again; those that nobody can find first of all."""
+        """In the order in which they are to be taken again; in newer releases, what nobody can find first of all."""
         unfindable: list[Block] = []
         for block in blocks:
             block.n_users -= 1
             if block.n_users == 0:
-                (unfindable if block.prefix is None else self.free).append(block)
+                is_first = self.rules.takes_unfindable_blocks_first and block.prefix is None
+                (unfindable if is_first else self.free).append(block)
         self.free.extendleft(reversed(unfindable))
 
     def release(self, request: Request) -> None:
@@ -199,15 +212,15 @@ class GroupedPool(BlockPool):
     # -- what others can find ------------------------------------------------------------------------------------
 
     def _is_kept(self, request: Request, group: int, i: int) -> bool:
-        """Whether block `i` is registered: of a sliding window, only where a later prompt can go on.
+        """Whether block `i` is registered: in newer releases, of a sliding window only where a later prompt can go on.
 
         That is before the prompt's last token, and where a shared prefix was found to end.
         """
-        kind, _ = self.groups[group]
-        if kind != SLIDING:
+        kind, window = self.groups[group]
+        if kind != SLIDING or not self.rules.keeps_windows_where_prompts_end:
             return True
         ends = [(request.prompt_tokens - 1) // self.block_size, request.shared_prefix]
-        return any(end - self.window_blocks(group) <= i < end for end in ends)
+        return any(end - self.window_blocks(window) <= i < end for end in ends)
 
     def register_full_blocks(self, request: Request, n_tokens: int) -> None:
         n_full = n_tokens // self.block_size

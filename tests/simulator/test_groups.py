@@ -9,27 +9,30 @@ from random_scenarios import random_scenario, random_timed_scenario, with_groups
 from scenario_adapter import play_calls, play_timed
 from test_conformance import assert_same
 
-from stepcal.errors import InputError, NotModelledError
+from stepcal.errors import InputError
 from stepcal.simulator import CompiledStepTime, KvGroup, ServerConfig, make_requests, simulate
-from stepcal.simulator.versions import NEWEST
+from stepcal.simulator.versions import NEWEST, RELEASES
 
 N_CASES = int(os.environ.get("STEPCAL_RANDOM_CASES", "150"))
 _BATCH = 25
 BATCHES = [range(first, min(first + _BATCH, N_CASES)) for first in range(0, N_CASES, _BATCH)]
+VERSIONS = [release.version for release in RELEASES]
 STEP_TIME = CompiledStepTime(constant_us=1000.0, requests_us=10.0)
 
 
+@pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize("seeds", BATCHES, ids=lambda seeds: f"{seeds.start}-{seeds.stop - 1}")
-def test_calls_equal_those_of_the_reference(seeds: range) -> None:
+def test_calls_equal_those_of_the_reference(seeds: range, version: str) -> None:
     for seed in seeds:
-        scenario = with_groups(random_scenario(seed), seed)
+        scenario = with_groups(random_scenario(seed), seed, version)
         assert_same(play_calls(scenario), vllm_reference.simulate(scenario))
 
 
+@pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize("seeds", BATCHES, ids=lambda seeds: f"{seeds.start}-{seeds.stop - 1}")
-def test_times_equal_those_of_the_reference(seeds: range) -> None:
+def test_times_equal_those_of_the_reference(seeds: range, version: str) -> None:
     for seed in seeds:
-        scenario = with_groups(random_timed_scenario(seed), seed)
+        scenario = with_groups(random_timed_scenario(seed), seed, version)
         expected = vllm_reference.simulate(scenario, vllm_reference.affine_step_time_us(scenario["step_time"]))
         assert_same(play_timed(scenario), expected)
         assert_same(play_timed(scenario, record=False), {**expected, "steps": []})
@@ -84,11 +87,25 @@ def test_bad_groups_are_refused(arguments: dict, error: type[Exception], message
     ("changes", "error", "message"),
     [
         ({"kv_groups": ()}, InputError, "at least one group"),
-        ({"kv_groups": (KvGroup("sliding", 64), KvGroup("sliding", 32))}, NotModelledError, "are alike"),
-        ({"kv_groups": (KvGroup("sliding", 64),), "vllm_version": "0.24.0"}, NotModelledError, "recorded there"),
+        ({"kv_groups": (KvGroup(), KvGroup())}, InputError, "all alike are one group"),
+        ({"kv_groups": (KvGroup(), KvGroup("sliding", 32), KvGroup())}, InputError, "side by side"),
+        (
+            {
+                "kv_groups": (KvGroup("sliding", 64), KvGroup("sliding", 32), KvGroup()),
+                "offload_blocks": 9,
+                "vllm_version": "0.19.0",
+            },
+            InputError,
+            "vLLM refuses",
+        ),
+        (
+            {"kv_groups": (KvGroup("sliding", 64), KvGroup("chunked", 32)), "disable_hybrid_kv_cache_manager": True},
+            InputError,
+            "vLLM refuses",
+        ),
     ],
 )
-def test_groups_that_are_not_modelled_are_refused(changes: dict, error: type[Exception], message: str) -> None:
+def test_groups_that_vllm_does_not_make_are_refused(changes: dict, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         ServerConfig(**{"kv_blocks": 100, "vllm_version": NEWEST, **changes})
 

@@ -37,13 +37,24 @@ class Rules:
     # Before, the request behind a victim that was passed over (its last token in flight) missed its turn, and a request
     # that preempted itself ended the step for all behind it.
     keeps_place_after_preemption: bool = False
+    # Of layers that read a window (`reference_groups`):
+    knows_that_windows_slide: bool = True  # admission counts a window with what it holds at most at one time
+    counts_all_batches_in_flight: bool = False  # beside the window, the tokens of all batches in flight, not of one
+    waits_for_windows_in_flight: bool = False  # what a window leaves behind is kept until the step in flight has ended
+    keeps_windows_where_prompts_end: bool = False  # others find a sliding window there only
 
 
 RULES = {
     "0.15.1": Rules(admits_whole_sequences=False, takes_unfindable_blocks_first=False),
-    "0.19.0": Rules(takes_unfindable_blocks_first=False),
+    "0.19.0": Rules(takes_unfindable_blocks_first=False, knows_that_windows_slide=False),
     "0.24.0": Rules(),
-    "0.33.0": Rules(spares_lone_requests=True, keeps_place_after_preemption=True),
+    "0.33.0": Rules(
+        spares_lone_requests=True,
+        keeps_place_after_preemption=True,
+        counts_all_batches_in_flight=True,
+        waits_for_windows_in_flight=True,
+        keeps_windows_where_prompts_end=True,
+    ),
 }
 """By recorded release."""
 

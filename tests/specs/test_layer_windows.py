@@ -159,10 +159,10 @@ def test_a_deployment_knows_its_groups() -> None:
     server = ServerConfig(kv_blocks=1000, max_model_len=4096, vllm_version="0.33.0")
     served = Deployment(model, gpu, server=server)
     assert served.limits.kv_groups == LayerWindows("sliding", 512, 22, 4).kv_groups()
-    assert served.window == KvGroup("sliding", 512)
+    assert served.sliding == (KvGroup("sliding", 512, layers=22),)
     short = served.with_server(max_model_len=512)
     assert short.windows is None
     assert short.limits.kv_groups == (KvGroup(),)
     own = (KvGroup("sliding", 512, 3), KvGroup())
     assert Deployment(model, gpu, server=replace(server, kv_groups=own)).limits.kv_groups == own
-    assert Deployment(model, gpu).window == KvGroup("sliding", 512)
+    assert Deployment(model, gpu).sliding == (KvGroup("sliding", 512, layers=22),)
