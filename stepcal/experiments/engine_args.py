@@ -17,7 +17,7 @@ from stepcal.errors import InputError, NotModelledError, shown
 from stepcal.experiments.vllm_flags import flags_of, human_number
 from stepcal.simulator import ServerConfig
 from stepcal.simulator.config import NOT_MODELLED, check_block_size
-from stepcal.simulator.versions import NEWEST, OLDEST, VllmRelease, release_of, version_note
+from stepcal.simulator.versions import OLDEST, VllmRelease, release_of, version_note
 from stepcal.specs.architecture import ModelArchitecture
 from stepcal.specs.hardware import FILE_ENDINGS, Accelerator, load_accelerator, named_in_text, resolve_accelerator
 from stepcal.specs.kv_offloading import offload_blocks
@@ -221,7 +221,7 @@ def server_of(
     InputError
         If a setting is of the wrong kind or out of bounds.
     """
-    version, of_version = _version(settings, architecture)
+    version, of_version = _version(settings)
     release = release_of(version)
     limits, notes = _limits(settings, architecture, accelerator, release)
     block_size = settings.whole("block_size")
@@ -312,12 +312,9 @@ def served_architecture(settings: Settings, architecture: ModelArchitecture) -> 
     return narrow, [f"`quantization: {method}`: the weights of the layers are taken to be {online[0]} from loading on."]
 
 
-def _version(settings: Settings, architecture: ModelArchitecture) -> tuple[str, list[str]]:
+def _version(settings: Settings) -> tuple[str, list[str]]:
     """Release of vLLM, and a note where it was not recorded or is not given: then it is the one of the study's servers."""
     given = settings.values.get(VERSION_KEY)
-    slides = architecture.windows_within(settings.whole("max_model_len")) is not None
-    if given is None and slides and not release_of(OLDEST).has_recorded_groups:
-        return NEWEST, [f"`{VERSION_KEY}` is absent; {NEWEST}, whose KV cache of windows was recorded, was assumed."]
     if given is None:
         return OLDEST, [f"`{VERSION_KEY}` is absent; {OLDEST}, on which the coefficients were calibrated, was assumed."]
     note = version_note(str(given))

@@ -79,7 +79,7 @@ class Deployment:
     def __post_init__(self) -> None:
         self.architecture.check_tensor_parallel(self.tensor_parallel)
         windows, server = self.windows, self.server
-        if windows is not None and server is not None and not server.has_groups:
+        if windows is not None and server is not None and server.kv_groups == (KvGroup(),):
             object.__setattr__(self, "server", replace(server, kv_groups=windows.kv_groups()))
 
     @property
