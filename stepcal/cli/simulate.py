@@ -16,7 +16,8 @@ from stepcal.files import refuse_unwritable, write_bytes_atomically
 from stepcal.simulator import ServerConfig, SimulationResult
 from stepcal.specs.architecture import ModelArchitecture, resolve_architecture
 from stepcal.specs.deployment import Deployment
-from stepcal.specs.hardware import resolve_accelerator
+from stepcal.specs.hardware import Accelerator, resolve_accelerator
+from stepcal.specs.kv_cache import AUTO, KvCache, block_size_of, kv_precision_of
 from stepcal.specs.kv_offloading import offload_blocks
 from stepcal.specs.sampling import Sampling, read_sampling
 from stepcal.step_time.coefficients import load_coefficients
@@ -42,6 +43,8 @@ class SimulateOptions:
     steps: Path | None
     steps_fraction: float
     sampling: Path | None = None
+    kv_cache_dtype: str = AUTO
+    is_block_size_given: bool = True
 
 
 def run_simulation(options: SimulateOptions, on_progress: Progress | None = None) -> dict[str, Any]:
@@ -60,14 +63,15 @@ def run_simulation(options: SimulateOptions, on_progress: Progress | None = None
     if options.steps is not None:
         refuse_unwritable(options.steps)
     architecture = resolve_architecture(options.architecture, max_model_len=options.server.max_model_len)
-    pool = offload_blocks(architecture, options.kv_offloading_gib, block_size=options.server.block_size)
-    server = replace(options.server, offload_blocks=pool)
+    accelerator = resolve_accelerator(options.accelerator)
+    server, of_cache = _with_cache(options, architecture, accelerator)
     coefficients = load_coefficients(options.coefficients)
     if options.load.experiment is not None:
         coefficients = coefficients.of_experiment(options.load.experiment)
-    accelerator = resolve_accelerator(options.accelerator)
     sampling, sampled = _sampling(options, architecture)
-    deployment = Deployment(architecture, accelerator, options.tensor_parallel, server, sampling)
+    deployment = Deployment(
+        architecture, accelerator, options.tensor_parallel, server, sampling, options.kv_cache_dtype
+    )
     load = served_load(options.load, deployment.limits)
     result = simulate(
         load.requests,
@@ -84,8 +88,21 @@ def run_simulation(options: SimulateOptions, on_progress: Progress | None = None
     )
     if options.steps:
         _write_steps(result, options, architecture, load.name)
-    notes = [*architecture.notes, *sampled, *coefficients.notes(deployment), *load.notes_on(result)]
+    notes = [*architecture.notes, *of_cache, *sampled, *coefficients.notes(deployment), *load.notes_on(result)]
     return {**with_rejected(result.summary(), load.rejected), **({"notes": notes} if notes else {})}
+
+
+def _with_cache(
+    options: SimulateOptions, architecture: ModelArchitecture, accelerator: Accelerator
+) -> tuple[ServerConfig, list[str]]:
+    """The server with the blocks that its backend reads and its pool in CPU memory, and notes."""
+    server, precision = options.server, kv_precision_of(options.kv_cache_dtype, architecture)
+    given = server.block_size if options.is_block_size_given else None
+    size, notes = block_size_of(given, architecture, accelerator, server.vllm_version, precision)
+    windows = architecture.windows_within(server.max_model_len)
+    cache = KvCache(architecture, windows, options.tensor_parallel, size, precision)
+    pool = offload_blocks(architecture, options.kv_offloading_gib, block_size=size, cache=cache)
+    return replace(server, block_size=size, offload_blocks=pool), notes
 
 
 def _sampling(options: SimulateOptions, architecture: ModelArchitecture) -> tuple[Sampling, list[str]]:

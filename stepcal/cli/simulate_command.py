@@ -45,7 +45,13 @@ def simulate(
         int, typer.Option("--max-num-batched-tokens", help="Token budget of a step.")
     ] = 2048,
     max_model_len: Annotated[int, typer.Option("--max-model-len", help="Longest request, prompt and output.")] = 4096,
-    block_size: Annotated[int, typer.Option("--block-size", help="Tokens of a KV block.")] = 16,
+    block_size: Annotated[
+        int | None,
+        typer.Option("--block-size", help="Tokens of a KV block. Default: 16, or what the backend reads."),
+    ] = None,
+    kv_cache_dtype: Annotated[
+        str, typer.Option("--kv-cache-dtype", help="auto (as the checkpoint asks), bfloat16, float16, fp8.")
+    ] = "auto",
     prefix_caching: Annotated[
         bool, typer.Option("--enable-prefix-caching/--no-enable-prefix-caching", help="Reuse cached prompt blocks.")
     ] = True,
@@ -138,7 +144,7 @@ def simulate(
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
         max_model_len=max_model_len,
-        block_size=check_block_size(block_size),
+        block_size=16 if block_size is None else check_block_size(block_size),
         enable_prefix_caching=prefix_caching,
         async_scheduling=async_scheduling,
         vllm_version=vllm_version or NEWEST,
@@ -152,6 +158,8 @@ def simulate(
         tensor_parallel=tp,
         server=server,
         kv_offloading_gib=kv_offloading_gib,
+        kv_cache_dtype=kv_cache_dtype,
+        is_block_size_given=block_size is not None,
         load=LoadOptions(
             workload=workload,
             requests=requests,

@@ -20,9 +20,9 @@ from stepcal.exchange.stepml import StepmlFile
 from stepcal.simulator import StepBatch
 from stepcal.simulator.steptime import add_components
 from stepcal.specs.deployment import Deployment
-from stepcal.specs.step_work import all_reduce_bytes, gemm_flops, kv_bytes_per_token, weight_bytes
+from stepcal.specs.step_work import all_reduce_bytes, gemm_flops, weight_bytes
+from stepcal.step_time.attention_kinds import with_window
 from stepcal.step_time.coefficients import StepTimeModel
-from stepcal.step_time.windows import with_window
 from stepcal.units import US_PER_S, FloatArray
 
 N_ALPHA = 3
@@ -156,7 +156,7 @@ def physics_terms(
     """
     model, gpu, tp = deployment.architecture, deployment.accelerator, deployment.tensor_parallel
     flop_us, byte_us = US_PER_S / gpu.bf16_dense_flops, US_PER_S / gpu.hbm_bandwidth
-    kv_us = kv_bytes_per_token(model, tensor_parallel=tp) * byte_us
+    kv_us = deployment.kv_bytes_per_token * byte_us
     all_weights = float(np.max(weight_bytes(np.array([1e6]), deployment)))
     per_token = float(gemm_flops(np.ones(1), deployment)[0])
     one_way = US_PER_S / (gpu.interconnect_bandwidth / 2)

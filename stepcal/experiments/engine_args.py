@@ -20,8 +20,8 @@ from stepcal.simulator.config import NOT_MODELLED, check_block_size
 from stepcal.simulator.versions import OLDEST, VllmRelease, release_of, version_note
 from stepcal.specs.architecture import ModelArchitecture
 from stepcal.specs.hardware import FILE_ENDINGS, Accelerator, load_accelerator, named_in_text, resolve_accelerator
+from stepcal.specs.kv_cache import AUTO, KvCache, block_size_of, kv_precision_of
 from stepcal.specs.kv_offloading import offload_blocks
-from stepcal.specs.step_work import kv_block_bytes
 from stepcal.specs.weight_formats import online_widths
 from stepcal.units import BYTES_PER_GIB
 
@@ -40,9 +40,8 @@ QUANTISATIONS = {
     "modelopt": ("fp8",), "modelopt_fp4": ("fp4",), "mxfp4": ("mxfp4",), "bitsandbytes": ("int4", "int8"),
 }  # fmt: skip
 """Widths that a checkpoint can have for each of vLLM's methods."""
+HYBRID_KEY = "disable_hybrid_kv_cache_manager"
 OFFLOAD_KEY = "kv_offloading_size"
-KV_TYPES = ("auto", "bfloat16", "float16", "bf16", "fp16", "half")
-"""KV caches of two bytes an element, the only ones that are modelled."""
 MEMORY_MIB = {
     "h100-sxm": 81_559,
     "h100-nvl": 95_830,
@@ -224,46 +223,52 @@ def server_of(
     version, of_version = _version(settings)
     release = release_of(version)
     limits, notes = _limits(settings, architecture, accelerator, release)
-    block_size = settings.whole("block_size")
-    limits |= {} if block_size is None else {"block_size": check_block_size(block_size)}
-    offload, more = _offload_blocks(settings, architecture, block_size, kv_offloading_gib)
+    kv_precision = kv_precision_of(kv_cache_dtype_of(settings), architecture)
+    asked = settings.whole("block_size")
+    asked = None if asked is None else check_block_size(asked)
+    block_size, of_blocks = block_size_of(asked, architecture, accelerator, version, kv_precision)
+    limits |= {"block_size": block_size}
+    notes += of_blocks
+    windows = architecture.windows_within(limits["max_model_len"])
+    if windows is not None and settings.values.get(HYBRID_KEY):
+        raise NotModelledError(
+            f"`{HYBRID_KEY}` asks for what the simulator does not model: layers with a window that keep all of their KV, as "
+            f"those of `{architecture.name}` would. Leave it out."
+        )
+    cache = KvCache(architecture, windows, tensor_parallel, block_size, kv_precision)
+    offload, more = _offload_blocks(settings, cache, kv_offloading_gib)
     notes += more
     arguments = (n for n in (*SWITCHES, *NOT_MODELLED) if n != OFFLOAD_KEY)
     others = {n: settings.values[n] for n in arguments if settings.values.get(n) is not None}
     for name in SWITCHES:
         if not isinstance(others.get(name, True), bool):
             raise InputError(f"{settings.path}: `{name}` is {others[name]!r}; it must be true or false.")
-    windows = architecture.windows_within(limits["max_model_len"])
-    kv_type = str(settings.values.get("kv_cache_dtype") or KV_TYPES[0])
-    if kv_type not in KV_TYPES:
-        raise NotModelledError(
-            f"`kv_cache_dtype: {kv_type}` asks for what the simulator does not model: KV caches of other than two bytes an "
-            "element."
-        )
-    block_bytes = kv_block_bytes(
-        architecture, windows, tensor_parallel=tensor_parallel, block_size=block_size or ServerConfig.block_size
-    )
     given = settings.whole(*KV_BLOCK_KEYS)
     blocks = kv_blocks if given is None else given
     if blocks is None and settings.values.get(KV_BYTES_KEY) is not None:
-        blocks, note = _blocks_in(settings, architecture, block_bytes)
+        blocks, note = _blocks_in(settings, cache)
         notes.append(note)
     if blocks is None:
         share = settings.values.get("gpu_memory_utilization", release.gpu_memory_utilization)
-        blocks, note = _estimated_blocks(settings, architecture, accelerator, tensor_parallel, block_bytes, share)
+        blocks, note = _estimated_blocks(settings, cache, accelerator, share)
         notes.append(note)
     limits |= {"offload_blocks": offload}
     server = {"kv_blocks": blocks, **limits, **others, "vllm_version": version}
     return ServerConfig.from_vllm_arguments(server), notes + of_version
 
 
-def _blocks_in(settings: Settings, architecture: ModelArchitecture, block_bytes: float) -> tuple[int, str]:
+def kv_cache_dtype_of(settings: Settings) -> str:
+    """Return `kv_cache_dtype` of a run, vLLM's default where it is not given."""
+    return str(settings.values.get("kv_cache_dtype") or AUTO)
+
+
+def _blocks_in(settings: Settings, cache: KvCache) -> tuple[int, str]:
     """KV blocks that fit into the memory of `kv_cache_memory_bytes`, which vLLM takes for each GPU, and a note."""
     size = settings.whole(KV_BYTES_KEY) or 0
-    blocks = int(size // block_bytes)
+    blocks = int(size // cache.block_bytes)
     if blocks < 2:
         raise InputError(
-            f"{settings.path}: `{KV_BYTES_KEY}` is {size:,}, which holds no two KV blocks of {architecture.name}."
+            f"{settings.path}: `{KV_BYTES_KEY}` is {size:,}, which holds no two KV blocks of {cache.architecture.name}."
         )
     return blocks, f"{blocks:,} KV blocks fit into `{KV_BYTES_KEY}: {size:,}` of each GPU."
 
@@ -321,9 +326,7 @@ def _version(settings: Settings) -> tuple[str, list[str]]:
     return str(given), [] if note is None else [note]
 
 
-def _offload_blocks(
-    settings: Settings, architecture: ModelArchitecture, block_size: int | None, assumed_gib: float | None
-) -> tuple[int, list[str]]:
+def _offload_blocks(settings: Settings, cache: KvCache, assumed_gib: float | None) -> tuple[int, list[str]]:
     """KV blocks of the pool in CPU memory, and a note where its size was assumed."""
     given = settings.values.get(OFFLOAD_KEY)
     backend = str(settings.values.get("kv_offloading_backend") or "native")
@@ -335,8 +338,7 @@ def _offload_blocks(
     gib = assumed_gib if given is None else given
     if isinstance(gib, bool) or not isinstance(gib, int | float | None):
         raise InputError(f"{settings.path}: `{OFFLOAD_KEY}` is {gib!r}; it must be a number of GiB, 0 for none.")
-    size = ServerConfig.block_size if block_size is None else block_size
-    blocks = offload_blocks(architecture, gib or 0.0, block_size=size)
+    blocks = offload_blocks(cache.architecture, gib or 0.0, block_size=cache.block_size, cache=cache)
     is_assumed = given is None and assumed_gib is not None
     note = f"`{OFFLOAD_KEY}` is absent; {assumed_gib:g} GiB was assumed." if is_assumed else ""
     return blocks, [note] if note else []
@@ -363,21 +365,15 @@ def _limits(
     return {"max_model_len": longest, "max_num_batched_tokens": budget, "max_num_seqs": most}, notes
 
 
-def _estimated_blocks(
-    settings: Settings,
-    architecture: ModelArchitecture,
-    accelerator: Accelerator,
-    tensor_parallel: int,
-    block_bytes: float,
-    share: Any,
-) -> tuple[int, str]:
+def _estimated_blocks(settings: Settings, cache: KvCache, accelerator: Accelerator, share: Any) -> tuple[int, str]:
     """KV blocks that fit beside the weights, and a note that says so."""
     if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share <= 1:
         raise InputError(f"{settings.path}: `gpu_memory_utilization` is {share!r}; it must be above 0 and at most 1.")
-    weights_gib = architecture.weights_bytes() / tensor_parallel / BYTES_PER_GIB
+    architecture, tensor_parallel = cache.architecture, cache.tensor_parallel
+    weights_gib = architecture.weights_bytes_of_a_rank(tensor_parallel) / BYTES_PER_GIB
     overhead_gib = OVERHEAD_GIB + (OVERHEAD_OF_RANKS_GIB if tensor_parallel > 1 else 0.0)
     left_gib = share * _memory_gib(accelerator) - weights_gib - overhead_gib
-    blocks = int(left_gib / (block_bytes / BYTES_PER_GIB))
+    blocks = int(left_gib / (cache.block_bytes / BYTES_PER_GIB))
     way_out = f"vLLM logs the number at start-up; add it as `{KV_BLOCK_KEYS[0]}` to {settings.path}."
     if blocks < 2:
         raise InputError(

@@ -26,6 +26,7 @@ from stepcal.experiments.engine_args import (
     MODEL_KEYS,
     Settings,
     accelerator_of,
+    kv_cache_dtype_of,
     read_settings,
     served_architecture,
     server_of,
@@ -226,7 +227,7 @@ def _read_run(
         about = [*about, *prompts]
     experiment = Experiment(
         experiment_id=_name(run),
-        deployment=Deployment(architecture, gpu, degree, server, sampling),
+        deployment=Deployment(architecture, gpu, degree, server, sampling, kv_cache_dtype_of(settings)),
         workload=workload,
         overloaded=False,
         requests=requests,

@@ -12,6 +12,7 @@ from stepcal.experiments.engine_args import (
     CONFIG_NAMES,
     Settings,
     accelerator_of,
+    kv_cache_dtype_of,
     read_settings,
     served_architecture,
     server_of,
@@ -71,7 +72,9 @@ def deployment_from(options: Mapping[str, Any], folder: Path | None = None) -> S
     names = (str(values.get("model") or ""), architecture.name)
     sampling, sampled = sampling_of(about, config, names, vocab_size=architecture.vocab_size)
     about_it = (*architecture.notes, *settings.notes, *as_served, *notes, *more, *assumed, *sampled)
-    return Served(Deployment(architecture, accelerator, degree, server, sampling), about_it)
+    return Served(
+        Deployment(architecture, accelerator, degree, server, sampling, kv_cache_dtype_of(settings)), about_it
+    )
 
 
 def _config(folder: Path | None) -> Settings | None:

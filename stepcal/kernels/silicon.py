@@ -105,7 +105,9 @@ def suspicion(row: dict[Any, Any], architecture: ModelArchitecture) -> str:
 def active_parameters(architecture: ModelArchitecture) -> float:
     """Return the weights of matrices that a token is multiplied with, without embedding and head."""
     a = architecture
-    attention = a.num_layers * a.hidden_size * 2 * (a.query_width + a.kv_width)
+    attention = a.num_layers * a.hidden_size * 2.0 * (a.query_width + a.kv_width)
+    if a.latent is not None:
+        attention = a.num_layers * a.latent.elements(a.hidden_size, a.num_attention_heads)
     dense = (a.num_layers - a.num_moe_layers) * a.mlp_matrices * a.hidden_size * a.intermediate_size
     visited = a.experts_per_token * a.expert_intermediate_size + a.shared_expert_intermediate_size
     return float(attention + dense + a.num_moe_layers * a.mlp_matrices * a.hidden_size * visited)

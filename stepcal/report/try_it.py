@@ -22,7 +22,7 @@ from stepcal.specs.architecture import ModelArchitecture
 from stepcal.specs.deployment import Deployment
 from stepcal.specs.hardware import load_accelerator
 from stepcal.specs.sampling import NEUTRAL, Sampling
-from stepcal.specs.step_work import kv_bytes_per_token, weight_bytes
+from stepcal.specs.step_work import weight_bytes
 from stepcal.step_time.coefficients import StepTimeModel, load_coefficients
 from stepcal.step_time.kernel_model import _attention_scale, kernel_notes, kernel_parts
 from stepcal.step_time.physical import HOST_REQUEST_US
@@ -88,7 +88,7 @@ def exported(one: Deployment, model: StepTimeModel) -> dict[str, Any]:
     scale, products = _attention_scale(values, one), values["products_scale"]
     work = (n > 0).astype(float)
     a_byte = US_PER_S / one.accelerator.hbm_bandwidth
-    kv_byte = kv_bytes_per_token(one.architecture, tensor_parallel=one.tensor_parallel) * a_byte
+    kv_byte = one.kv_bytes_per_token * a_byte
     parts: list[dict[str, Any]] = [
         {"name": "weights: products of all layers", "by_requests": products * own.products_us[n], "scale": "products"},
         {"name": "output matrix", "by_requests": products * own.head_us[n], "scale": "products"},

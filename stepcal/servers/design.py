@@ -26,9 +26,9 @@ from stepcal.servers.predict import step_batch
 from stepcal.servers.replay import with_values
 from stepcal.simulator.steptime import add_components
 from stepcal.specs.deployment import Deployment
+from stepcal.step_time.attention_kinds import with_window
 from stepcal.step_time.coefficients import StepTimeModel
 from stepcal.step_time.physical_parameters import LearnedParameter
-from stepcal.step_time.windows import with_window
 from stepcal.units import US_PER_S, FloatArray
 
 LENGTHS = ((64, 32), (128, 512), (512, 256), (1_024, 128), (2_000, 16), (2_000, 512))

@@ -20,6 +20,7 @@ from stepcal.servers.targets import Goal
 from stepcal.servers.validity import deployment_outside
 from stepcal.specs.deployment import Deployment
 from stepcal.specs.hardware import accelerators
+from stepcal.specs.kv_cache import AUTO
 
 DEGREES = (1, 2, 4, 8)
 
@@ -246,5 +247,6 @@ def launch_command(deployment: Deployment) -> str:
         f"--max-model-len {s.max_model_len}",
         f"--block-size {s.block_size}",
     ]
+    parts += [] if deployment.kv_cache_dtype == AUTO else [f"--kv-cache-dtype {deployment.kv_cache_dtype}"]
     parts += [] if s.enable_prefix_caching else ["--no-enable-prefix-caching"]
     return " ".join(parts)

@@ -16,11 +16,11 @@ from stepcal.simulator import StepBatch
 from stepcal.simulator.steptime import add_components
 from stepcal.specs.deployment import Deployment
 from stepcal.specs.step_work import floor_us
+from stepcal.step_time.attention_kinds import tokens_read, with_window
 from stepcal.step_time.coefficients import StepTimeModel
 from stepcal.step_time.kernel_model import kernel_components_us
 from stepcal.step_time.learned import KERNELS, PHYSICAL
 from stepcal.step_time.physical import PhysicalModel, batch_features
-from stepcal.step_time.windows import tokens_read, with_window
 from stepcal.units import FloatArray
 
 STATISTICS = ("mean", "p50", "p90", "p99")

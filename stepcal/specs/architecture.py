@@ -17,6 +17,7 @@ from stepcal.documents import read_json_object
 from stepcal.errors import InputError, shown
 from stepcal.locations import data_folder
 from stepcal.specs.config_json import read_fields
+from stepcal.specs.latent_attention import LatentAttention
 from stepcal.specs.layer_windows import MOST_WINDOW, LayerWindows
 from stepcal.specs.weight_formats import BYTES_PER_ELEMENT, FULL_WIDTH, WeightWidths
 
@@ -63,6 +64,10 @@ class ModelArchitecture:
         layer and one at the end, and the biases that `attention_bias` stands for.
     positions_are_stated : bool
         Whether the file says `max_position_embeddings`; without, it is vLLM's default and no bound.
+    latent : LatentAttention, optional
+        Widths of latent attention; the KV cache then holds one latent a token, whatever the heads. None for the usual kind.
+    kv_precision : {"bf16", "fp8"}
+        What the KV cache is kept in unless the server says.
     windows : LayerWindows, optional
         Layers that read a window only, None where all read everything.
     notes : tuple of str
@@ -97,6 +102,8 @@ class ModelArchitecture:
     weight_widths: WeightWidths | None = None
     other_parameters: int | None = None
     positions_are_stated: bool = True
+    latent: LatentAttention | None = None
+    kv_precision: str = "bf16"
     windows: LayerWindows | None = None
     notes: tuple[str, ...] = ()
 
@@ -173,13 +180,29 @@ class ModelArchitecture:
         stored = sum(elements[group] * getattr(widths, group) for group in elements if group != "router")
         return stored + FULL_WIDTH * (elements["router"] + int(self.other_parameters or 0))
 
+    def weights_bytes_of_a_rank(self, tensor_parallel: int) -> float:
+        """Bytes of weights in a GPU's memory: a share of all, and what latent attention keeps on every rank.
+
+        That are the matrices towards the latents, and 16-bit copies of the absorbed ones.
+        """
+        shared = self.weights_bytes() / tensor_parallel
+        if self.latent is None:
+            return shared
+        whole = self.latent.elements(self.hidden_size, 0.0) * self.widths.attention
+        heads = self.num_attention_heads / tensor_parallel
+        copies = heads * self.latent.kv_rank * (self.latent.nope_dim + self.latent.value_dim) * FULL_WIDTH
+        return shared + self.num_layers * (whole * (1.0 - 1.0 / tensor_parallel) + copies)
+
     def _matrix_elements(self) -> dict[str, int]:
         """Elements of the matrices by group, as `WeightWidths` names them, and of the routers."""
         h, mlp = self.hidden_size, self.mlp_matrices * self.hidden_size
         dense = (self.num_layers - self.num_moe_layers) * self.intermediate_size
         shared = self.num_moe_layers * self.shared_expert_intermediate_size
+        attention = h * 2 * (self.query_width + self.kv_width)
+        if self.latent is not None:
+            attention = int(self.latent.elements(h, self.num_attention_heads))
         return {
-            "attention": self.num_layers * h * 2 * (self.query_width + self.kv_width),
+            "attention": self.num_layers * attention,
             "mlp": mlp * (dense + shared),
             "experts": self.num_moe_layers * mlp * self.num_experts * self.expert_intermediate_size,
             "router": self.num_moe_layers * h * self.num_experts,
@@ -221,7 +244,7 @@ class ModelArchitecture:
                 f"does not divide the {self.num_attention_heads} attention heads of `{self.name}` (`num_attention_heads` in "
                 "config.json)"
             )
-        if kv % tp and tp % kv:
+        if self.latent is None and kv % tp and tp % kv:
             return (
                 f"neither divides the {kv} KV heads of `{self.name}` (`num_key_value_heads` in config.json) nor is a "
                 "multiple of them, and vLLM refuses it"
@@ -258,7 +281,7 @@ class ModelArchitecture:
         ------
         InputError
             If the file is not JSON, a dimension is missing, or the attention is of a kind that is not modelled
-            (latent, linear, state space, windows of layers that are not named).
+            (linear, state space, windows of layers that are not named).
         """
         origin = "config"
         if not isinstance(config, Mapping):

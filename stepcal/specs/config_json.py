@@ -12,6 +12,7 @@ from typing import Any
 from stepcal.errors import InputError, NotModelledError, shown
 from stepcal.specs.config_keys import HINTS, MUST_BE_OFF, NEUTRAL_KEYS, REFUSED_TYPES, VISION_KEYS
 from stepcal.specs.config_values import ConfigValues
+from stepcal.specs.latent_attention import LatentAttention
 from stepcal.specs.layer_windows import read_windows
 from stepcal.specs.model_type import Mixture, ModelType, words
 from stepcal.specs.model_types import MODEL_TYPES, MULTIMODAL_TYPES
@@ -69,14 +70,17 @@ def read_fields(config: Mapping[str, Any], origin: str, max_model_len: int | Non
     hidden = values.whole(*kind.hidden_size, most=MOST_WIDTH)
     layers = values.whole(*kind.num_layers, most=MOST_LAYERS)
     heads = values.whole(*kind.num_attention_heads, most=MOST_HEADS)
-    head_dim = values.optional_whole(*kind.head_dim, most=MOST_WIDTH) or _divided(hidden, heads, values)
-    kv_heads = _kv_heads(kind, values, heads)
+    latent = _latent(values) if kind.latent else None
+    kv_heads = heads if latent is not None else _kv_heads(kind, values, heads)
+    head_dim = None if latent is None else latent.query_dim
+    head_dim = head_dim or values.optional_whole(*kind.head_dim, most=MOST_WIDTH) or _divided(hidden, heads, values)
     fields: dict[str, Any] = {
         "hidden_size": hidden,
         "num_layers": layers,
         "num_attention_heads": heads,
         "num_kv_heads": kv_heads,
         "head_dim": head_dim,
+        "latent": latent,
         "vocab_size": values.whole(*kind.vocab_size, most=MOST_VOCABULARY),
         "mlp_matrices": 3 if kind.gated else 2,
         "attention_bias": values.switch(kind.qkv_bias),
@@ -94,6 +98,8 @@ def read_fields(config: Mapping[str, Any], origin: str, max_model_len: int | Non
     _accept_repeated(values, fields)
     _refuse_unknown(kind, type_name, values)
     fields |= read_weight_format(config, values, origin, layers=layers, is_mixture=fields.get("num_experts", 1) > 1)
+    if latent is not None and fields["weight_dtype"] == "fp8" and _is_block_scaled(config):
+        fields["weight_dtype"] = "fp8_block"
     return {**fields, "notes": tuple(notes)}
 
 
@@ -234,6 +240,24 @@ def _kv_heads(kind: ModelType, values: ConfigValues, heads: int) -> int:
     return given or heads
 
 
+def _latent(values: ConfigValues) -> LatentAttention:
+    """Widths of latent attention. A key of the usual attention beside them says nothing more."""
+    for key in ("head_dim", "qk_head_dim", "num_key_value_heads"):
+        values.raw(key)
+    return LatentAttention(
+        q_rank=values.optional_whole("q_lora_rank", least=0, most=MOST_WIDTH) or 0,
+        kv_rank=values.whole("kv_lora_rank", most=MOST_WIDTH),
+        nope_dim=values.whole("qk_nope_head_dim", most=MOST_WIDTH),
+        rope_dim=values.whole("qk_rope_head_dim", most=MOST_WIDTH),
+        value_dim=values.whole("v_head_dim", most=MOST_WIDTH),
+    )
+
+
+def _is_block_scaled(config: Mapping[str, Any]) -> bool:
+    section = config.get("quantization_config")
+    return isinstance(section, Mapping) and bool(section.get("weight_block_size"))
+
+
 def _mlp(kind: ModelType, values: ConfigValues, hidden: int, layers: int) -> dict[str, int]:
     """Dense and expert widths, and how many layers are mixtures."""
     given = values.optional_whole(*kind.intermediate_size, most=MOST_WIDTH)
@@ -309,6 +333,8 @@ def _other_parameters(kind: ModelType, values: ConfigValues, sizes: Mapping[str,
         norms = values.optional_whole("num_ln_in_parallel_attn", most=2) or 2
     layer = norms * vectors * hidden
     layer += (query + 2 * kv) * values.switch(kind.qkv_bias) + hidden * values.switch(kind.output_bias)
+    if sizes["latent"] is not None:
+        layer = norms * vectors * hidden + sizes["latent"].q_rank + sizes["latent"].kv_rank
     key, _, qk_norm = kind.qk_norm.rpartition(":")
     if qk_norm and (not key or values.flag(key, False)):
         layer += 2 * head_dim if qk_norm == "head" else query + kv

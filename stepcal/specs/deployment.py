@@ -9,11 +9,9 @@ from stepcal.errors import InputError
 from stepcal.simulator.config import KvGroup, ServerConfig
 from stepcal.specs.architecture import ModelArchitecture
 from stepcal.specs.hardware import Accelerator
+from stepcal.specs.kv_cache import AUTO, DEFAULT_BLOCK_SIZE, KvCache, kv_bytes_per_token, kv_precision_of
 from stepcal.specs.layer_windows import LayerWindows
 from stepcal.specs.sampling import NEUTRAL, Sampling
-
-DEFAULT_BLOCK_SIZE = 16
-"""Tokens of a KV block where no server is named: vLLM's default."""
 
 
 @dataclass(frozen=True)
@@ -33,11 +31,15 @@ class Deployment:
         only, its `kv_groups` are those of the model unless it has some already.
     sampling : Sampling
         Sampling parameters of the requests, in as far as all share them; by default nothing is cut off or penalised.
+    kv_cache_dtype : str
+        vLLM's ``--kv-cache-dtype``: ``auto`` (what the checkpoint asks for, else 16 bits), 16 bits or FP8.
 
     Raises
     ------
     InputError
         If `tensor_parallel` does not divide the attention heads.
+    NotModelledError
+        If the KV cache is kept in other than 16 bits or FP8.
 
     Examples
     --------
@@ -52,6 +54,7 @@ class Deployment:
     tensor_parallel: int = 1
     server: ServerConfig | None = None
     sampling: Sampling = NEUTRAL
+    kv_cache_dtype: str = AUTO
 
     @classmethod
     def of(cls, architecture: str, accelerator: str, *, tensor_parallel: int = 1, **limits: Any) -> Deployment:
@@ -78,6 +81,7 @@ class Deployment:
 
     def __post_init__(self) -> None:
         self.architecture.check_tensor_parallel(self.tensor_parallel)
+        kv_precision_of(self.kv_cache_dtype, self.architecture)
         windows, server = self.windows, self.server
         if windows is not None and server is not None and server.kv_groups == (KvGroup(),):
             object.__setattr__(self, "server", replace(server, kv_groups=windows.kv_groups()))
@@ -108,6 +112,23 @@ class Deployment:
                 "Give it a `ServerConfig`."
             )
         return self.server
+
+    @property
+    def kv_precision(self) -> str:
+        """What the KV cache is kept in: ``bf16`` (any 16 bits) or ``fp8``."""
+        return kv_precision_of(self.kv_cache_dtype, self.architecture)
+
+    @property
+    def kv_bytes_per_token(self) -> float:
+        """Bytes of a token's keys and values on a rank, all layers."""
+        return kv_bytes_per_token(
+            self.architecture, tensor_parallel=self.tensor_parallel, kv_precision=self.kv_precision
+        )
+
+    @property
+    def kv_cache(self) -> KvCache:
+        """The KV cache: bytes of its blocks."""
+        return KvCache(self.architecture, self.windows, self.tensor_parallel, self.block_size, self.kv_precision)
 
     @property
     def block_size(self) -> int:

@@ -12,14 +12,20 @@ from numpy.typing import ArrayLike
 
 from stepcal.errors import InputError
 from stepcal.specs.architecture import ModelArchitecture
-from stepcal.specs.step_work import kv_bytes_per_token
+from stepcal.specs.kv_cache import KvCache
 from stepcal.units import BYTES_PER_GIB, FloatArray
 
 MOST_OFFLOAD_GIB = 1 << 20
 """A pebibyte of CPU memory: more than any server has."""
 
 
-def offload_blocks(architecture: ModelArchitecture, gib: float, *, block_size: int = 16) -> int:
+def offload_blocks(
+    architecture: ModelArchitecture,
+    gib: float,
+    *,
+    block_size: int = 16,
+    cache: KvCache | None = None,
+) -> int:
     """Return the KV blocks that fit into an offload pool.
 
     Parameters
@@ -29,6 +35,8 @@ def offload_blocks(architecture: ModelArchitecture, gib: float, *, block_size: i
         ``kv_offloading_size``: GiB of all ranks together; 0 for none.
     block_size : int
         Tokens of a block.
+    cache : KvCache, optional
+        Of the server; by default one rank's, without windows.
 
     Returns
     -------
@@ -43,7 +51,8 @@ def offload_blocks(architecture: ModelArchitecture, gib: float, *, block_size: i
         raise InputError(f"`gib` is {gib}; the size of the offload pool must be finite and at least 0 (no offloading).")
     if gib > MOST_OFFLOAD_GIB:
         raise InputError(f"`gib` is {gib:g}; the offload pool must be at most {MOST_OFFLOAD_GIB:,} GiB.")
-    return int(gib * BYTES_PER_GIB // (block_size * kv_bytes_per_token(architecture)))
+    blocks_of = cache or KvCache(architecture, block_size=block_size)
+    return int(gib * BYTES_PER_GIB // blocks_of.pool_block_bytes)
 
 
 def rejected_requests(

@@ -46,6 +46,21 @@ _DEEPSEEK = replace(
     mixture=Mixture(num_experts=("n_routed_experts",), num_shared=("n_shared_experts",), sparse_rule="deepseek"),
     neutral=_ROUTING_KEYS,
 )
+_DEEPSEEK_V2 = replace(
+    _DEEPSEEK,
+    family="DeepSeek-V2, DeepSeek-Coder-V2",
+    qkv_bias=False,
+    output_bias=False,
+    mlp_bias=False,
+    latent=True,
+    only={"attention_bias": (False, None)},
+    neutral=_ROUTING_KEYS | words("kv_lora_rank q_lora_rank num_nextn_predict_layers"),
+)
+_DEEPSEEK_V3 = replace(
+    _DEEPSEEK_V2,
+    family="DeepSeek-V3, DeepSeek-R1",
+    mixture=replace(_DEEPSEEK.mixture, router_bias=True) if _DEEPSEEK.mixture else None,
+)
 _MIXTRAL = replace(
     LLAMA,
     family="Mixtral",
@@ -112,6 +127,9 @@ MIXTURE_TYPES: dict[str, ModelType] = {
         neutral=_ROUTING_KEYS | words("num_nextn_predict_layers num_mtp_layers"),
     ),
     "deepseek": _DEEPSEEK,
+    "deepseek_v2": _DEEPSEEK_V2,
+    "deepseek_v3": _DEEPSEEK_V3,
+    "kimi_k2": replace(_DEEPSEEK_V3, family="Kimi-K2"),
     "dbrx": ModelType(
         family="DBRX", hidden_size=("d_model",), num_layers=("n_layers",), num_attention_heads=("n_heads",),
         num_kv_heads=("attn_config.kv_n_heads",), intermediate_size=("ffn_config.ffn_hidden_size",),

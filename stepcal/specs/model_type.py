@@ -69,6 +69,8 @@ class ModelType:
         Vectors of the hidden size.
     qk_norm : str
         Norms of queries and keys: none, ``head`` (one head wide) or ``full``; ``KEY:kind`` where a key switches it.
+    latent : bool
+        Whether attention is latent (MLA).
     attention_sinks : bool
         Whether each head has a learned logit beside those of its context.
     learned_positions : int or None
@@ -108,6 +110,7 @@ class ModelType:
     norms_per_layer: int = 2
     end_norms: int = 1
     qk_norm: str = ""
+    latent: bool = False
     attention_sinks: bool = False
     learned_positions: int | None = None
     window: str = ""

@@ -8,15 +8,13 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike
 
-from stepcal.specs.architecture import ModelArchitecture
 from stepcal.specs.deployment import Deployment
-from stepcal.specs.layer_windows import LayerWindows
 from stepcal.specs.weight_formats import FULL_WIDTH
 from stepcal.units import US_PER_S, FloatArray
 
 FLOPS_PER_MAC = 2
 BYTES_PER_ACTIVATION = 2
-"""BF16 and FP16 alike; the KV cache and what collectives move are of this width."""
+"""BF16 and FP16 alike; what collectives move is of this width."""
 COLLECTIVES_PER_LAYER = 2
 """All-reduces after attention and after the MLP (Shoeybi et al. 2019, Megatron-LM, arXiv:1909.08053)."""
 
@@ -54,33 +52,6 @@ def gemm_flops(tokens: ArrayLike, deployment: Deployment) -> FloatArray:
     return FLOPS_PER_MAC * t * (attention + mlp + head + visited)
 
 
-def kv_bytes_per_token(architecture: ModelArchitecture, *, tensor_parallel: int = 1) -> float:
-    """Bytes of one token's keys and values on a rank, all layers; at least one head a rank, so heads replicate."""
-    heads = max(architecture.num_kv_heads / tensor_parallel, 1.0)
-    return 2.0 * heads * architecture.head_dim * architecture.num_layers * BYTES_PER_ACTIVATION
-
-
-def kv_block_bytes(
-    architecture: ModelArchitecture,
-    windows: LayerWindows | None = None,
-    *,
-    tensor_parallel: int = 1,
-    block_size: int = 16,
-) -> float:
-    """Bytes of a KV block on a rank: what vLLM divides the memory for KV by.
-
-    Parameters
-    ----------
-    architecture : ModelArchitecture
-    windows : LayerWindows, optional
-        Those that slide. A block then holds the layers of one group, not all.
-    tensor_parallel, block_size : int
-    """
-    layers = architecture.num_layers if windows is None else windows.layers_per_block
-    all_layers = block_size * kv_bytes_per_token(architecture, tensor_parallel=tensor_parallel)
-    return all_layers * layers / architecture.num_layers
-
-
 def all_reduce_bytes(tokens: ArrayLike, deployment: Deployment) -> tuple[FloatArray, FloatArray]:
     """Bytes that a rank receives in a step's all-reduces, if they take one stage or two; both of shape (n_steps,).
 
@@ -97,13 +68,15 @@ def all_reduce_bytes(tokens: ArrayLike, deployment: Deployment) -> tuple[FloatAr
 def floor_us(tokens: ArrayLike, kv_tokens: ArrayLike, deployment: Deployment) -> FloatArray:
     """Time in which the datasheet's bandwidth moves a step's weights and KV, shape (n_steps,): no step is shorter."""
     kv = np.atleast_1d(np.asarray(kv_tokens, dtype=float))
-    kv_bytes = kv * kv_bytes_per_token(deployment.architecture, tensor_parallel=deployment.tensor_parallel)
+    kv_bytes = kv * deployment.kv_bytes_per_token
     return (weight_bytes(tokens, deployment) + kv_bytes) * (US_PER_S / deployment.accelerator.hbm_bandwidth)
 
 
 def pair_flops(deployment: Deployment) -> float:
     """FLOPs of one query-context pair of prefill attention on a rank, all layers: scores and weighted sum of values."""
     a = deployment.architecture
+    if a.latent is not None:
+        return a.num_layers * a.num_attention_heads * a.latent.prefill_flops_per_head / deployment.tensor_parallel
     return 2.0 * FLOPS_PER_MAC * a.query_width * a.num_layers / deployment.tensor_parallel
 
 
@@ -112,6 +85,8 @@ def _weights_of_a_rank(deployment: Deployment) -> tuple[float, float, float, flo
     a, tp = deployment.architecture, deployment.tensor_parallel
     kv_width = max(a.num_kv_heads / tp, 1.0) * a.head_dim
     attention = a.num_layers * a.hidden_size * 2.0 * (a.query_width / tp + kv_width)
+    if a.latent is not None:
+        attention = a.num_layers * a.latent.elements(a.hidden_size, a.num_attention_heads / tp)
     mlp = (a.num_layers - a.num_moe_layers) * a.mlp_matrices * a.hidden_size * a.intermediate_size / tp
     mlp += a.num_moe_layers * a.mlp_matrices * a.hidden_size * a.shared_expert_intermediate_size / tp
     expert = a.mlp_matrices * a.hidden_size * a.expert_intermediate_size / tp

@@ -19,6 +19,7 @@ BYTES_PER_ELEMENT = {
     "float16": 2.0,
     "bfloat16": 2.0,
     "fp8": 1.0,
+    "fp8_block": 1.0,
     "int8": 1.0,
     "int4": 0.5,
     "fp4": 0.5,
@@ -91,7 +92,7 @@ class _Format:
 def read_weight_format(
     config: Mapping[str, Any], values: ConfigValues, origin: str, *, layers: int, is_mixture: bool
 ) -> dict[str, Any]:
-    """Return `weight_dtype` and `weight_widths` of an architecture.
+    """Return `weight_dtype`, `weight_widths` and `kv_precision` of an architecture.
 
     Parameters
     ----------
@@ -106,7 +107,7 @@ def read_weight_format(
     Raises
     ------
     NotModelledError
-        If the quantisation is not known, or the checkpoint asks for a KV cache of other than two bytes an element.
+        If the quantisation is not known, or the checkpoint asks for a KV cache in other than FP8 or 16 bits.
     """
     section = config.get("quantization_config") or values.raw("quantization_config") or config.get("compression_config")
     dtype = _full_dtype(config, values, origin)
@@ -114,14 +115,15 @@ def read_weight_format(
         return {"weight_dtype": dtype, "weight_widths": WeightWidths()}
     if not isinstance(section, Mapping):
         raise InputError(f"{origin}: `quantization_config` is {shown(section)}; it must be an object.")
-    _refuse_narrow_kv(section, origin)
+    kv_precision = _kv_precision(section, origin)
     kind = _format(section, origin)
     groups = {group: _mean_width(kind, modules, layers) for group, modules in LAYER_MODULES.items()}
     head = kind.is_quantised("lm_head")
     head_width = (kind.bytes_per_weight if head is None else head) if kind.quantises_head else FULL_WIDTH
     if not is_mixture:
         groups["experts"] = groups["mlp"]
-    return {"weight_dtype": kind.dtype, "weight_widths": WeightWidths(**groups, head=head_width)}
+    widths = WeightWidths(**groups, head=head_width)
+    return {"weight_dtype": kind.dtype, "weight_widths": widths, "kv_precision": kv_precision}
 
 
 def online_widths(method: str) -> tuple[str, WeightWidths] | None:
@@ -146,14 +148,24 @@ def _full_dtype(config: Mapping[str, Any], values: ConfigValues, origin: str) ->
     return name
 
 
-def _refuse_narrow_kv(section: Mapping[str, Any], origin: str) -> None:
+def _kv_precision(section: Mapping[str, Any], origin: str) -> str:
+    """What vLLM keeps the KV cache in with ``--kv-cache-dtype auto``: FP8 where the checkpoint brings scales for it."""
     inner = section.get("quantization") if isinstance(section.get("quantization"), Mapping) else section
     for key in ("kv_cache_quant_algo", "kv_cache_scheme"):
-        if isinstance(inner, Mapping) and inner.get(key):
+        asked = inner.get(key) if isinstance(inner, Mapping) else None
+        if not asked:
+            continue
+        is_fp8 = str(asked).upper() == "FP8"
+        if isinstance(asked, Mapping):
+            is_fp8 = (asked.get("num_bits"), asked.get("type")) == (8, "float") and not asked.get("dynamic")
+        if not is_fp8:
             raise NotModelledError(
-                f"{origin} asks for a quantised KV cache (`{key}: {shown(inner[key])}`), which stepcal does not model: its "
-                "KV caches have two bytes an element. Set it to null if the server runs with `--kv-cache-dtype` of 16 bits."
+                f"{origin} asks for a quantised KV cache (`{key}: {shown(asked)}`), which stepcal does not model: it "
+                "models KV caches of 16 bits and, with static scales, FP8. Set it to null if the server runs with "
+                "another `--kv-cache-dtype`."
             )
+        return "fp8"
+    return "bf16"
 
 
 def _format(section: Mapping[str, Any], origin: str) -> _Format:

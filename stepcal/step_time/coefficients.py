@@ -26,13 +26,13 @@ from stepcal.simulator.steptime import add_components
 from stepcal.simulator.versions import NEWEST
 from stepcal.specs.deployment import Deployment
 from stepcal.specs.hardware import Accelerator
+from stepcal.step_time.attention_kinds import within_windows
 from stepcal.step_time.baselines import BLACKBOX_FEATURES, Blackbox, ConstantStep, RawAnalytical, StepBaseline
 from stepcal.step_time.compile import compile_baseline, compile_corrections
 from stepcal.step_time.corrections import CorrectionModel, Global9, Model36, Phase16
 from stepcal.step_time.kernel_model import kernel_notes
 from stepcal.step_time.learned import KERNELS, LEARNED_MODELS
 from stepcal.step_time.physical_parameters import API_PARAMETERS, PARAMETERS
-from stepcal.step_time.windows import within_windows
 
 DEFAULT = "default"
 """The kernel model as fitted to 16 experiments, frozen in ``data/coefficients/``."""

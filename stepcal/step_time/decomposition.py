@@ -16,6 +16,7 @@ from stepcal.specs.architecture import ModelArchitecture, load_architecture
 from stepcal.specs.deployment import Deployment
 from stepcal.specs.hardware import Accelerator
 from stepcal.specs.step_work import BYTES_PER_ACTIVATION, FLOPS_PER_MAC
+from stepcal.step_time.attention_kinds import refuse_latent
 from stepcal.units import US_PER_S, FloatArray
 
 if TYPE_CHECKING:
@@ -53,6 +54,8 @@ def study_components_us(
     ------
     InputError
         If token counts are negative or of unequal length.
+    NotModelledError
+        If the model has latent attention.
 
     Notes
     -----
@@ -64,6 +67,7 @@ def study_components_us(
     ----------
     The study of February 2026, ``hypotheses/h-stepml`` in the public repository ``inference-sim/inference-sim``.
     """
+    refuse_latent(deployment, "the study's four components")
     prefill, decode = _token_counts(prefill_tokens, decode_tokens)
     architecture = deployment.architecture
     us_per_flop = US_PER_S / deployment.accelerator.bf16_dense_flops

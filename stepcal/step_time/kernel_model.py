@@ -17,18 +17,19 @@ from numpy.typing import ArrayLike
 from stepcal.kernels import GpuKernels, load_kernels
 from stepcal.kernels.forms import (
     BYTES_PER_ACTIVATION,
-    DECODE_ATTENTION,
     ELEMENTWISE,
     EXPERTS,
     GEMM,
     PRECISIONS,
-    PREFILL_ATTENTION,
     experts_us,
     gemm_us,
 )
 from stepcal.simulator import CompiledStepTime, StepBatch
 from stepcal.specs.deployment import Deployment
-from stepcal.specs.step_work import COLLECTIVES_PER_LAYER, FLOPS_PER_MAC
+from stepcal.specs.step_work import COLLECTIVES_PER_LAYER
+from stepcal.specs.weight_formats import FULL_WIDTH
+from stepcal.step_time.attention_kernels import attention_costs, attention_kernels, latent_products
+from stepcal.step_time.attention_kinds import tokens_read, within_windows
 from stepcal.step_time.cuda_graphs import graph_sizes, padded_tokens
 from stepcal.step_time.kernel_parameters import (
     EXPERT_SKEW,
@@ -41,12 +42,9 @@ from stepcal.step_time.kernel_parameters import (
 from stepcal.step_time.physical import HOST_REQUEST_US
 from stepcal.step_time.physical_parameters import checked
 from stepcal.step_time.sampler import sampler_costs, sampler_note
-from stepcal.step_time.windows import tokens_read, within_windows
 from stepcal.units import NS_PER_US, US_PER_S, FloatArray
 
 STEP_KERNEL_PARAMETERS = tuple(p for p in KERNEL_PARAMETERS if p.name != "api_before_us")
-KV_PRECISION = "bf16"
-"""The KV cache has two bytes an element; others are refused where settings are read."""
 HEAD_PRECISION = "bf16"
 OWN_PRECISION = {
     "fp8": "fp8", "fp8_block": "fp8_block", "int8": "int8", "int4": "int4", "fp4": "nvfp4", "mxfp4": "mxfp4",
@@ -64,8 +62,11 @@ class KernelParts:
         Products of all layers, and all-reduces and what small kernels move beyond their floors, by tokens from 0.
     head_us, sampler_us : ndarray, shape (n_requests,)
         Output matrix, and sampling with the exchange of logits, by requests from 0.
-    attention_floor_us, attention_request_us, attention_token_us, attention_pair_us, attention_prefill_us : float
-        All layers: of any step, a decoding request, a token of context, a pair of query and context, a prompt token.
+    attention_floor_us, attention_request_us, attention_token_us, attention_prefill_kv_us, attention_pair_us : float
+        All layers: of any step, a decoding request, a token of its context, a token of a prompt's context, a pair of query
+        and context.
+    attention_prefill_us : float
+        All layers: of a prompt token.
     block_token_us : float
         All layers: what scattered KV blocks add to a token of context.
     layers : int
@@ -78,6 +79,7 @@ class KernelParts:
     attention_floor_us: float
     attention_request_us: float
     attention_token_us: float
+    attention_prefill_kv_us: float
     attention_pair_us: float
     attention_prefill_us: float
     block_token_us: float
@@ -105,13 +107,7 @@ def kernel_parts(
     own, server = kernels or load_kernels(deployment.accelerator), deployment.limits
     tokens, requests = np.arange(server.max_num_batched_tokens + 1), np.arange(server.max_num_seqs + 1)
     padded = padded_tokens(tokens, graph_sizes(server, deployment.accelerator.name))
-    a, tp = deployment.architecture, deployment.tensor_parallel
-    decode, prefill = own.of(DECODE_ATTENTION, KV_PRECISION), own.of(PREFILL_ATTENTION, KV_PRECISION)
-    kv_heads, heads = max(a.num_kv_heads / tp, 1.0), a.num_attention_heads / tp
-    a_byte = US_PER_S / deployment.accelerator.hbm_bandwidth
-    kv_bytes = 2.0 * kv_heads * a.head_dim * PRECISIONS[KV_PRECISION]
-    pair_flops = 2.0 * FLOPS_PER_MAC * heads * a.head_dim
-    moved = 2.0 * (heads + kv_heads) * a.head_dim * BYTES_PER_ACTIVATION
+    a, tp, attention = deployment.architecture, deployment.tensor_parallel, attention_costs(deployment, own)
     return KernelParts(
         products_us=_layers_us(padded, deployment, own, expert_skew),
         fixed_us=_collectives_us(padded, deployment, own) + _small_excess_us(tokens, deployment, own),
@@ -120,14 +116,12 @@ def kernel_parts(
         )
         * (requests > 0),
         sampler_us=sampler_costs(requests, deployment).total_us + _logits_us(requests, deployment, own),
-        attention_floor_us=a.num_layers * decode.floor_us,
-        attention_request_us=a.num_layers * decode.unit_us * kv_heads,
-        attention_token_us=a.num_layers * kv_bytes * a_byte / decode.bandwidth_share,
-        attention_pair_us=a.num_layers
-        * pair_flops
-        * US_PER_S
-        / (deployment.accelerator.bf16_dense_flops * prefill.compute_share),
-        attention_prefill_us=a.num_layers * moved * a_byte / prefill.bandwidth_share,
+        attention_floor_us=a.num_layers * attention.floor_us,
+        attention_request_us=a.num_layers * attention.request_us,
+        attention_token_us=a.num_layers * attention.token_us,
+        attention_prefill_kv_us=a.num_layers * attention.prefill_kv_us,
+        attention_pair_us=a.num_layers * attention.pair_us,
+        attention_prefill_us=a.num_layers * attention.prefill_token_us,
         block_token_us=a.num_layers * KV_BLOCK_NS / NS_PER_US / deployment.block_size,
         layers=a.num_layers,
     )
@@ -135,7 +129,8 @@ def kernel_parts(
 
 def _attention_scale(values: Mapping[str, float], deployment: Deployment) -> float:
     """The learned scale where the attention kernel is the one that it was learned on, else 1."""
-    return values["attention_scale"] if deployment.accelerator.name in FLASH_ATTENTION_3 else 1.0
+    is_learned = deployment.accelerator.name in FLASH_ATTENTION_3 and deployment.architecture.latent is None
+    return values["attention_scale"] if is_learned else 1.0
 
 
 def compile_kernels(
@@ -177,7 +172,7 @@ def compile_kernels(
         requests_us=v["products_scale"] * parts.head_us + parts.sampler_us,
         decode_requests_us=scale * parts.attention_request_us,
         kv_us=token_us,
-        prefill_kv_us=token_us,
+        prefill_kv_us=scale * parts.attention_prefill_kv_us + parts.block_token_us,
         prefill_pair_us=scale * parts.attention_pair_us,
         prefill_tokens_us=layers * v["mixed_layer_us"] + scale * parts.attention_prefill_us * tokens,
         host_requests_us=HOST_REQUEST_US,
@@ -209,7 +204,7 @@ def kernel_components_us(
     read = tokens_read(batch, deployment)
     kv_tokens = read.decode_kv + read.prefill_kv
     attention = parts.attention_floor_us + parts.attention_request_us * batch.decode_tokens
-    attention += parts.attention_token_us * kv_tokens
+    attention += parts.attention_token_us * read.decode_kv + parts.attention_prefill_kv_us * read.prefill_kv
     attention += parts.attention_pair_us * read.prefill_pairs + parts.attention_prefill_us * batch.prefill_tokens
     return {
         "products": v["products_scale"] * float(parts.products_us[n_tokens]),
@@ -225,14 +220,38 @@ def kernel_components_us(
 def kernel_notes(deployment: Deployment) -> list[str]:
     """Return a sentence for each kernel of a deployment that was not measured, with the error to expect if known."""
     a = deployment.architecture
-    used = {(GEMM, HEAD_PRECISION), (DECODE_ATTENTION, KV_PRECISION), (PREFILL_ATTENTION, KV_PRECISION)}
+    used = {(GEMM, HEAD_PRECISION), *attention_kernels(deployment)}
     used |= {(GEMM, precision) for precision, _ in _group(a.widths.attention, a.weight_dtype)}
     used |= {(GEMM, precision) for precision, _ in _group(a.widths.mlp, a.weight_dtype)}
     if a.num_moe_layers:
         used |= {(EXPERTS, precision) for precision, _ in _group(a.widths.experts, a.weight_dtype)}
     sampler = sampler_note(deployment)
     notes = load_kernels(deployment.accelerator).notes(sorted(used), ranks=deployment.tensor_parallel)
-    return notes if sampler is None else [*notes, sampler]
+    notes += [] if sampler is None else [sampler]
+    return notes + _not_validated(deployment)
+
+
+def _not_validated(deployment: Deployment) -> list[str]:
+    """What of a deployment's attention no measured server stands behind."""
+    notes = []
+    if deployment.architecture.latent is not None:
+        notes.append(
+            "Latent attention is fitted to timings of DeepSeek-V3's attention modules; its step times are not validated end "
+            "to end, as no server with it was measured."
+        )
+    if deployment.kv_precision == "fp8":
+        notes.append(
+            "An FP8 KV cache is known from timings of kernels; its step times are not validated end to end, as no server "
+            "with one was measured."
+        )
+    if deployment.windows is not None:
+        notes.append(
+            "Layers with a window are taken to cost as much per token that they read as the others; no server with them was "
+            "measured."
+        )
+    return notes
+
+
 
 
 def touched_experts(tokens: ArrayLike, n_experts: int, experts_per_token: int, skew: float) -> FloatArray:
@@ -296,8 +315,13 @@ def _layers_us(tokens: FloatArray, deployment: Deployment, kernels: GpuKernels, 
     def mlp(inner: float) -> list[tuple[float, float]]:
         return [((a.mlp_matrices - 1) * inner / tp, h), (h, inner / tp)]
 
-    attention = [(queries + 2.0 * keys, h), (h, queries)]
-    total = a.num_layers * _products_us(tokens, attention, widths.attention, deployment, kernels)
+    if a.latent is None:
+        attention = [(queries + 2.0 * keys, h), (h, queries)]
+        total = a.num_layers * _products_us(tokens, attention, widths.attention, deployment, kernels)
+    else:
+        stored, absorbed = latent_products(deployment)
+        total = _products_us(tokens, stored, widths.attention, deployment, kernels)
+        total = a.num_layers * (total + _products_us(tokens, absorbed, FULL_WIDTH, deployment, kernels))
     dense = a.num_layers - a.num_moe_layers
     if dense:
         total = total + dense * _products_us(tokens, mlp(a.intermediate_size), widths.mlp, deployment, kernels)

@@ -21,12 +21,11 @@ from stepcal.specs.step_work import (
     COLLECTIVES_PER_LAYER,
     all_reduce_bytes,
     gemm_flops,
-    kv_bytes_per_token,
     pair_flops,
     weight_bytes,
 )
+from stepcal.step_time.attention_kinds import refuse_latent, tokens_read, within_windows
 from stepcal.step_time.physical_parameters import checked
-from stepcal.step_time.windows import tokens_read, within_windows
 from stepcal.units import NS_PER_US, US_PER_S, BoolArray, FloatArray
 
 GEMM_MFU = 0.62
@@ -210,7 +209,10 @@ def physical_features(
     ------
     InputError
         If a count is negative or not finite.
+    NotModelledError
+        If the model has latent attention.
     """
+    refuse_latent(deployment, "bytes and FLOPs alone")
     named = {
         "decode_requests": decode_requests,
         "kv_tokens": kv_tokens,
@@ -231,7 +233,7 @@ def physical_features(
     memory = US_PER_S / accelerator.hbm_bandwidth
     compute = US_PER_S / (accelerator.bf16_dense_flops * GEMM_MFU)
     attention = US_PER_S / (accelerator.bf16_dense_flops * ATTENTION_MFU)
-    kv_bytes = kv_bytes_per_token(architecture, tensor_parallel=tp)
+    kv_bytes = deployment.kv_bytes_per_token
     one_way = US_PER_S / (accelerator.interconnect_bandwidth / 2)
     has_work = tokens > 0
     one_stage, two_stage = all_reduce_bytes(tokens, deployment)

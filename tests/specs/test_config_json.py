@@ -48,7 +48,7 @@ def read(**changes):
         pytest.param(
             {"block_configs": [{"attention": {"no_op": True}}]}, "layers that differ", id="blocks of any type"
         ),
-        pytest.param({"model_type": "deepseek_v3", "kv_lora_rank": 512}, "multi-head latent attention", id="mla"),
+        pytest.param({"model_type": "deepseek_v32", "kv_lora_rank": 512}, "multi-head latent attention", id="mla"),
         pytest.param({"kv_lora_rank": 512}, "multi-head latent attention", id="mla in any type"),
         pytest.param({"model_type": "qwen3_next"}, "linear attention", id="qwen3-next"),
         pytest.param({"model_type": "mllama"}, "cross-attention", id="mllama"),
@@ -233,11 +233,11 @@ def test_the_quantisation_file_of_modelopt_beside_the_config_counts(tmp_path):
 @pytest.mark.parametrize(
     "config",
     [
-        {"quant_algo": "FP8", "kv_cache_quant_algo": "FP8"},
+        {"quant_algo": "FP8", "kv_cache_quant_algo": "INT8"},
         {"quant_method": "compressed-tensors", "format": "float-quantized", "kv_cache_scheme": {"num_bits": 8}},
     ],
 )
-def test_a_quantised_kv_cache_is_refused(config):
+def test_a_kv_cache_in_other_than_fp8_is_refused(config):
     with pytest.raises(NotModelledError, match="quantised KV cache"):
         quantised(**config)
 

@@ -11,8 +11,8 @@ from stepcal.simulator.config import KvGroup, ServerConfig
 from stepcal.specs.architecture import ModelArchitecture
 from stepcal.specs.deployment import Deployment
 from stepcal.specs.hardware import load_accelerator
+from stepcal.specs.kv_cache import KvCache
 from stepcal.specs.layer_windows import LayerWindows
-from stepcal.specs.step_work import kv_block_bytes
 
 GEMMA_3_1B = {
     "model_type": "gemma3_text",
@@ -100,7 +100,7 @@ def public_model(name: str) -> ModelArchitecture:
 @pytest.mark.parametrize(("name", "ranks", "gib", "blocks"), PLANNED_BLOCKS)
 def test_memory_holds_as_many_blocks_as_the_real_planner_makes(name: str, ranks: int, gib: int, blocks: int) -> None:
     model = public_model(name)
-    assert int((gib << 30) // kv_block_bytes(model, model.windows, tensor_parallel=ranks)) == blocks
+    assert int((gib << 30) // KvCache(model, model.windows, ranks).block_bytes) == blocks
 
 
 def windows_of(config, max_model_len=None):
@@ -150,8 +150,8 @@ def test_windows_that_cannot_be_placed_are_refused(changes, named) -> None:
 
 def test_a_block_holds_the_layers_of_one_group() -> None:
     model = ModelArchitecture.from_config(GEMMA_3_1B)
-    assert kv_block_bytes(model, model.windows) == 16 * 4 * 2 * 1 * 256 * 2
-    assert kv_block_bytes(model) == 16 * 26 * 2 * 1 * 256 * 2
+    assert KvCache(model, model.windows).block_bytes == 16 * 4 * 2 * 1 * 256 * 2
+    assert KvCache(model).block_bytes == 16 * 26 * 2 * 1 * 256 * 2
 
 
 def test_a_deployment_knows_its_groups() -> None:

@@ -1,9 +1,9 @@
 """Parameters of public models, counted from their config.json, beside what their pages say.
 
 ``public_models.jsonl`` has one model a line: the keys of its config.json, written from the public file, the number of
-parameters of the released checkpoint, and its page. 66 of 71 of them were instantiated with transformers 5.24, too, on the
-meta device: all have the number that stands here. The other five ship their own code. gpt-oss, DeepSeek and Kimi came later:
-their files are the copies in the wheel of kernel tables, or, where it has none, written from memory of the public ones.
+parameters of the released checkpoint, and its page. 66 of 71 of them were instantiated with transformers 5.24, too, on
+the meta device: all have the number that stands here. The other five ship their own code. gpt-oss, DeepSeek and Kimi came
+later: their files are the copies in the wheel of kernel tables or, where it has none, written from memory.
 """
 
 import json
@@ -34,6 +34,22 @@ def test_active_parameters_and_size_of_gpt_oss(name, billions, checkpoint_gib):
     active = active_parameters(read) + read.vocab_size * read.hidden_size
     assert active / 1e9 == pytest.approx(billions, abs=0.015)
     assert read.weights_bytes() / 2**30 == pytest.approx(checkpoint_gib, abs=0.05)
+
+
+@pytest.mark.parametrize(
+    ("name", "billions", "within"),
+    [
+        ("deepseek-ai/DeepSeek-V2-Lite", 2.4, 0.05),
+        ("deepseek-ai/DeepSeek-V2", 21.0, 0.5),
+        ("deepseek-ai/DeepSeek-V3", 37.0, 0.5),
+        ("moonshotai/Kimi-K2-Instruct", 32.0, 0.5),
+    ],
+)
+def test_active_parameters_of_models_with_latent_attention(name, billions, within):
+    """Their papers give whole billions; here with the output matrix and without the embedding."""
+    read = ModelArchitecture.from_config(next(m["config"] for m in MODELS if m["model"] == name))
+    active = active_parameters(read) + read.vocab_size * read.hidden_size
+    assert active / 1e9 == pytest.approx(billions, abs=within)
 
 
 def test_there_are_models_of_many_types():

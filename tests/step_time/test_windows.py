@@ -16,8 +16,8 @@ from stepcal.simulator.steptime import add_components
 from stepcal.specs.architecture import ModelArchitecture
 from stepcal.specs.deployment import Deployment
 from stepcal.specs.hardware import load_accelerator
+from stepcal.step_time.attention_kinds import tokens_read
 from stepcal.step_time.coefficients import StepTimeModel
-from stepcal.step_time.windows import tokens_read
 
 GPT_OSS = {
     "model_type": "gpt_oss",

@@ -1,9 +1,10 @@
-"""Steps of models in which some layers read a window: what a batch reads in the mean layer, and compiled times of it."""
+"""Steps of models whose layers read different things: windows in the mean layer, and who does not know latent attention."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from stepcal.errors import NotModelledError
 from stepcal.simulator import CompiledStepTime, StepBatch
 from stepcal.specs.deployment import Deployment
 
@@ -59,3 +60,18 @@ def within_windows(compiled: CompiledStepTime, deployment: Deployment) -> Compil
     """Return a step time whose layers with a window read no more than that."""
     windows = deployment.windows
     return compiled if windows is None else compiled.with_windows(windows.share)
+
+
+def refuse_latent(deployment: Deployment, basis: str) -> None:
+    """Refuse a model with latent attention where a step time knows keys and values of heads only.
+
+    Raises
+    ------
+    NotModelledError
+        If the model has latent attention.
+    """
+    if deployment.architecture.latent is not None:
+        raise NotModelledError(
+            f"`{deployment.architecture.name}` has latent attention, whose step time is not modelled from {basis}. Take the "
+            "coefficients `default`, which know its measured kernels."
+        )
