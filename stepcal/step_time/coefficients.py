@@ -147,7 +147,10 @@ class StepTimeModel:
                 "chunk, and every prefilling request has both."
             )
         if deployment.server is None:
-            deployment = replace(deployment, server=_wide_server(decode, chunks, kv))
+            wide = _wide_server(decode, chunks, kv)
+            if deployment.windows is not None and not wide.release.has_recorded_groups:
+                wide = replace(wide, vllm_version=NEWEST)
+            deployment = replace(deployment, server=wide)
         return add_components(
             self.compile(deployment)(StepBatch(chunks, kv, decode, waiting, windows=deployment.sliding))
         )
@@ -276,8 +279,8 @@ class StepTimeModel:
 
 
 def _wide_server(decode: Int32Array, chunks: Int32Array, kv: Int32Array) -> ServerConfig:
-    """The usual limits, or wider ones where a step needs them; of the newest release, whose KV cache takes any window."""
-    usual = ServerConfig(kv_blocks=2, vllm_version=NEWEST)
+    """The usual limits, or wider ones where a step needs them."""
+    usual = ServerConfig(kv_blocks=2)
     return replace(
         usual,
         max_num_seqs=max(decode.size + chunks.size, usual.max_num_seqs),

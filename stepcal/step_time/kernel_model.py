@@ -252,8 +252,6 @@ def _not_validated(deployment: Deployment) -> list[str]:
     return notes
 
 
-
-
 def touched_experts(tokens: ArrayLike, n_experts: int, experts_per_token: int, skew: float) -> FloatArray:
     """Expected number of experts that at least one of some tokens visits, when popularity falls as ``rank^-skew``.
 

@@ -115,7 +115,7 @@ def test_a_deployment_keeps_its_cache_as_it_is_told_or_as_the_checkpoint_asks() 
 
 def test_other_caches_are_refused() -> None:
     model, gpu = load_architecture("llama-2-7b"), load_accelerator("h100-sxm")
-    with pytest.raises(NotModelledError, match="kv_cache_dtype.*nvfp4"):
+    with pytest.raises(NotModelledError, match=r"kv_cache_dtype.*nvfp4"):
         Deployment(model, gpu, kv_cache_dtype="nvfp4")
     for scheme in ({"kv_cache_quant_algo": "NVFP4"}, {"kv_cache_scheme": {"num_bits": 4, "type": "float"}}):
         quantised = {"quant_method": "modelopt", "quant_algo": "FP8", **scheme}

@@ -13,7 +13,8 @@ from stepcal.simulator import ServerConfig, StepBatch
 from stepcal.specs.architecture import ModelArchitecture, load_architecture
 from stepcal.specs.deployment import Deployment
 from stepcal.specs.hardware import load_accelerator
-from stepcal.specs.step_work import all_reduce_bytes, floor_us, gemm_flops, kv_bytes_per_token, weight_bytes
+from stepcal.specs.kv_cache import kv_bytes_per_token
+from stepcal.specs.step_work import all_reduce_bytes, floor_us, gemm_flops, weight_bytes
 from stepcal.step_time.physical import (
     PhysicalModel,
     batch_features,
