@@ -31,7 +31,8 @@ MODEL_KEYS = ("model", "model_name")
 GPU_KEYS = ("gpu", "accelerator", "gpu_name", "gpu_type", "hardware")
 TENSOR_PARALLEL_KEYS = ("tensor_parallelism", "tensor_parallel", "tensor_parallel_size", "tp")
 KV_BLOCK_KEYS = ("kv_blocks_total_gpu", "num_gpu_blocks", "kv_blocks", "kv_blocks_total", "num_gpu_blocks_override")
-SWITCHES = ("enable_prefix_caching", "async_scheduling")
+HYBRID_KEY = "disable_hybrid_kv_cache_manager"
+SWITCHES = ("enable_prefix_caching", "async_scheduling", HYBRID_KEY)
 VERSION_KEY = "vllm_version"
 KV_BYTES_KEY = "kv_cache_memory_bytes"
 DTYPES = ("auto", "half", "float16", "bfloat16", "fp16", "bf16")
@@ -40,7 +41,6 @@ QUANTISATIONS = {
     "modelopt": ("fp8",), "modelopt_fp4": ("fp4",), "mxfp4": ("mxfp4",), "bitsandbytes": ("int4", "int8"),
 }  # fmt: skip
 """Widths that a checkpoint can have for each of vLLM's methods."""
-HYBRID_KEY = "disable_hybrid_kv_cache_manager"
 OFFLOAD_KEY = "kv_offloading_size"
 MEMORY_MIB = {
     "h100-sxm": 81_559,
@@ -229,12 +229,10 @@ def server_of(
     block_size, of_blocks = block_size_of(asked, architecture, accelerator, version, kv_precision)
     limits |= {"block_size": block_size}
     notes += of_blocks
+    offloads = bool(settings.values.get(OFFLOAD_KEY, kv_offloading_gib))
+    is_off = bool(settings.values.get(HYBRID_KEY, offloads and release.drops_groups_with_connector))
     windows = architecture.windows_within(limits["max_model_len"])
-    if windows is not None and settings.values.get(HYBRID_KEY):
-        raise NotModelledError(
-            f"`{HYBRID_KEY}` asks for what the simulator does not model: layers with a window that keep all of their KV, as "
-            f"those of `{architecture.name}` would. Leave it out."
-        )
+    windows = None if windows is None else windows.in_cache(is_hybrid_cache_off=is_off)
     cache = KvCache(architecture, windows, tensor_parallel, block_size, kv_precision)
     offload, more = _offload_blocks(settings, cache, kv_offloading_gib)
     notes += more

@@ -40,7 +40,7 @@ ACTING = _words(
     "model tensor_parallel_size max_model_len max_num_seqs max_num_batched_tokens block_size enable_prefix_caching "
     "async_scheduling gpu_memory_utilization kv_cache_memory_bytes num_gpu_blocks_override kv_cache_dtype "
     "quantization dtype "
-    "kv_offloading_size kv_offloading_backend vllm_version"
+    "kv_offloading_size kv_offloading_backend vllm_version disable_hybrid_kv_cache_manager"
 )
 """Flags that change what is simulated."""
 REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
@@ -85,7 +85,6 @@ NOTED: dict[str, tuple[tuple[Any, ...], str]] = {
     "attention_config": (({},), "the step times were learned with vLLM's default attention backend"),
     "disable_custom_all_reduce": ((False,), "the step times were learned with vLLM's own all-reduce"),
     "disable_cascade_attn": ((False,), "the step times were learned with vLLM's default attention"),
-    "disable_hybrid_kv_cache_manager": ((False,), "all layers read everything, and the cache is one pool in any case"),
     "stream_interval": ((1,), "clients see tokens in groups, so measured gaps between them are longer"),
     "override_attention_dtype": ((), "the step times were learned with vLLM's default attention"),
     "all2all_backend": ((), "experts are not exchanged"),

@@ -128,7 +128,10 @@ class Deployment:
     @property
     def kv_cache(self) -> KvCache:
         """The KV cache: bytes of its blocks."""
-        return KvCache(self.architecture, self.windows, self.tensor_parallel, self.block_size, self.kv_precision)
+        windows, server = self.windows, self.server
+        if windows is not None and server is not None:
+            windows = windows.in_cache(is_hybrid_cache_off=server.is_hybrid_cache_off)
+        return KvCache(self.architecture, windows, self.tensor_parallel, self.block_size, self.kv_precision)
 
     @property
     def block_size(self) -> int:

@@ -57,6 +57,10 @@ class LayerWindows:
         """Share of the layers that have one."""
         return self.n_windowed / (self.n_windowed + self.n_full)
 
+    def in_cache(self, *, is_hybrid_cache_off: bool) -> LayerWindows | None:
+        """What the KV cache knows of the windows: nothing, where all layers are kept as those with full attention."""
+        return None if is_hybrid_cache_off and self.n_full else self
+
     @property
     def layers_per_block(self) -> int:
         """Layers whose keys and values one block holds, padding included."""

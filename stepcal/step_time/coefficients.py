@@ -23,7 +23,6 @@ from stepcal.locations import data_folder
 from stepcal.simulator import CompiledStepTime, ServerConfig, StepBatch
 from stepcal.simulator.layout import Int32Array
 from stepcal.simulator.steptime import add_components
-from stepcal.simulator.versions import NEWEST
 from stepcal.specs.deployment import Deployment
 from stepcal.specs.hardware import Accelerator
 from stepcal.step_time.attention_kinds import within_windows
@@ -147,10 +146,7 @@ class StepTimeModel:
                 "chunk, and every prefilling request has both."
             )
         if deployment.server is None:
-            wide = _wide_server(decode, chunks, kv)
-            if deployment.windows is not None and not wide.release.has_recorded_groups:
-                wide = replace(wide, vllm_version=NEWEST)
-            deployment = replace(deployment, server=wide)
+            deployment = replace(deployment, server=_wide_server(decode, chunks, kv))
         return add_components(
             self.compile(deployment)(StepBatch(chunks, kv, decode, waiting, windows=deployment.sliding))
         )

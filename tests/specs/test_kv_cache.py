@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -95,6 +96,16 @@ def test_a_pool_holds_every_head_once_and_the_latents_of_every_rank() -> None:
     llama, latent = load_architecture("llama-2-70b"), public(V2_LITE)
     assert offload_blocks(llama, 8.0, cache=KvCache(llama, tensor_parallel=4)) == offload_blocks(llama, 8.0)
     assert offload_blocks(latent, 8.0, cache=KvCache(latent, tensor_parallel=4)) == offload_blocks(latent, 8.0) // 4
+
+
+def test_without_the_hybrid_cache_a_block_holds_all_layers() -> None:
+    model, gpu = public("openai/gpt-oss-20b"), load_accelerator("h100-sxm")
+    server = ServerConfig(kv_blocks=100, vllm_version="0.15.1")
+    halves = Deployment(model, gpu, server=server).kv_cache.block_bytes
+    for off in ({"disable_hybrid_kv_cache_manager": True}, {"offload_blocks": 10}):
+        assert Deployment(model, gpu, server=replace(server, **off)).kv_cache.block_bytes == 2 * halves
+    newer = replace(server, offload_blocks=10, vllm_version="0.33.0")
+    assert Deployment(model, gpu, server=newer).kv_cache.block_bytes == halves
 
 
 def test_a_deployment_keeps_its_cache_as_it_is_told_or_as_the_checkpoint_asks() -> None:
