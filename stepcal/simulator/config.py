@@ -10,6 +10,7 @@ from stepcal.errors import InputError, NotModelledError, shown
 from stepcal.simulator.versions import OLDEST, VllmRelease, release_of
 from stepcal.units import IntArray
 
+SCHEDULING_POLICIES = ("fcfs", "priority")
 KV_KINDS = ("full", "sliding", "chunked")
 
 MOST = {"max_num_seqs": 10**6, "max_num_batched_tokens": 2**24, "max_model_len": 10**9, "block_size": 10**6}
@@ -29,9 +30,8 @@ NOT_MODELLED: dict[str, tuple[Any, str]] = {
     "sliding_window": (None, "sliding-window attention without the layers that have it; give `kv_groups`"),
     "kv_transfer_config": (None, "KV connectors"),
     "kv_offloading_size": (None, "a pool in GiB, which needs the model; give its blocks as `offload_blocks`"),
-    "scheduling_policy": ("fcfs", "scheduling policies other than first come, first served"),
     "enable_chunked_prefill": (True, "scheduling without chunked prefill"),
-    "long_prefill_token_threshold": (0, "a threshold for long prefills"),
+    "long_prefill_token_threshold_adaptive": (False, "a threshold for long prefills that follows the load"),
 }
 
 
@@ -110,6 +110,10 @@ class ServerConfig:
     disable_hybrid_kv_cache_manager : bool, optional
         Whether the KV of all layers is kept as if they had full attention; windows then still save time, but no blocks. By
         default as vLLM decides: so with KV offloading in releases before 0.24.0.
+    scheduling_policy : {"fcfs", "priority"}
+        Who is served first: who came first, or whose `RequestList.priority` is smallest, and of these who came first.
+    long_prefill_token_threshold : int
+        Most tokens of one request in a step, 0 for no limit.
 
     Raises
     ------
@@ -130,10 +134,13 @@ class ServerConfig:
     vllm_version: str = OLDEST
     kv_groups: tuple[KvGroup, ...] = (KvGroup(),)
     disable_hybrid_kv_cache_manager: bool | None = None
+    scheduling_policy: str = "fcfs"
+    long_prefill_token_threshold: int = 0
 
     def __post_init__(self) -> None:
         release_of(self.vllm_version)
         self._check_groups()
+        self._check_policy()
         for name in ("max_num_seqs", "max_num_batched_tokens", "max_model_len", "block_size"):
             value = getattr(self, name)
             if value < 1:
@@ -161,6 +168,18 @@ class ServerConfig:
     def usable_blocks(self) -> int:
         """KV blocks that requests can hold."""
         return self.kv_blocks - 1
+
+    def _check_policy(self) -> None:
+        if self.scheduling_policy not in SCHEDULING_POLICIES:
+            raise InputError(
+                f"`scheduling_policy` is {self.scheduling_policy!r}; it must be one of {', '.join(SCHEDULING_POLICIES)}."
+            )
+        threshold = self.long_prefill_token_threshold
+        if not 0 <= threshold <= self.max_model_len:
+            raise InputError(
+                f"`long_prefill_token_threshold` is {shown(threshold)}; it must be from 0 (no limit) to `max_model_len` "
+                f"({self.max_model_len})."
+            )
 
     def _check_groups(self) -> None:
         kinds = [(group.kind, group.window) for group in self.kv_groups]
@@ -207,6 +226,16 @@ class ServerConfig:
     def has_groups(self) -> bool:
         """Whether blocks are kept by groups that differ in what their layers read, or all have a window."""
         return len(self.groups) > 1 or self.groups[0].kind != "full"
+
+    @property
+    def visits_each_request(self) -> bool:
+        """Whether the running requests of a step do not all get a token, so that each has to be looked at."""
+        return self.scheduling_policy != "fcfs" or self.long_prefill_token_threshold > 0
+
+    @property
+    def tells_blocks_apart(self) -> bool:
+        """Whether the simulator follows each KV block, not only those that several requests can use."""
+        return self.has_groups or self.visits_each_request
 
     def most_blocks(self, group: KvGroup, n_tokens: int) -> int:
         """Blocks that a request of `n_tokens` holds at most at one time in a group, as vLLM's admission counts them."""

@@ -9,6 +9,7 @@ from stepcal.simulator.groups import forget_private, free_groups
 from stepcal.simulator.layout import Limits, Pool, Requests, Slots, State
 from stepcal.simulator.scheduling import blocks_of, find_next_finish, full_blocks, register_blocks, stop_decoding
 from stepcal.simulator.sending import leave, push_arrival
+from stepcal.simulator.visiting.leaving import abort_visited
 
 
 @compiled
@@ -89,7 +90,7 @@ def finish_requests(
         n_full = kv_tokens // limits.block_size
         register_blocks(limits, pool, slots, slot, requests.rows.chain[request], n_full)
         _free_all(limits, requests, slots, pool, slot, blocks_of(kv_tokens, limits.block_size), n_full)
-        _finish(limits, requests, slots, state, slot, now_us)
+        finish(limits, requests, slots, state, slot, now_us)
     state.n_running = n_kept
     i = 0
     while i < state.n_preempted:  # preempted while its last token was in flight
@@ -97,13 +98,14 @@ def finish_requests(
         if slots.rows.generated[slot] == slots.rows.output[slot] and slots.rows.finish_call[slot] == call:
             _forget_own(limits, requests, slots, pool, slot)
             _remove_preempted(slots, state, i)
-            _finish(limits, requests, slots, state, slot, now_us)
+            finish(limits, requests, slots, state, slot, now_us)
         else:
             i += 1
 
 
 @inlined
-def _finish(limits: Limits, requests: Requests, slots: Slots, state: State, slot: int, now_us: float) -> None:
+def finish(limits: Limits, requests: Requests, slots: Slots, state: State, slot: int, now_us: float) -> None:
+    """A request has its last token: its slot is free, and its client may go on."""
     request = slots.rows.request[slot]
     requests.rows.generated_tokens[request] = slots.rows.output[slot]
     _end(requests, slots, state, request, at.FINISHED, now_us)
@@ -130,6 +132,8 @@ def abort_request(
     """The client gave up: the request leaves its queue and its blocks are free at once."""
     if requests.rows.status[request] == at.WAITING:
         state.n_queued -= 1
+    elif limits.visits_each:
+        _free_slot(slots, state, abort_visited(limits, requests, slots, pool, state, request))
     else:
         _abort_admitted(limits, requests, slots, pool, state, request)
     _end(requests, slots, state, request, at.ABORTED, now_us)

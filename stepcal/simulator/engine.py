@@ -28,12 +28,15 @@ from stepcal.simulator.load.workload import RequestList
 from stepcal.simulator.result import SimulationResult
 from stepcal.simulator.step_record import StepRecorder
 from stepcal.simulator.steptime import CompiledStepTime, StepTime, add_components, dummy_times
+from stepcal.simulator.visiting.kernel import compile_visiting_advance
+from stepcal.simulator.visiting.layout import grow_slots, lay_out_visits
 from stepcal.units import US_PER_S
 
 # Rounds of the compiled loop between two looks at the progress bar and at Ctrl-C; well below a second.
 _ROUNDS_PER_VISIT = 1 << 18
 _MOST_PREEMPTIONS = 10**5  # of one request; no run that gets on has so many
 _ROUNDS_BETWEEN_REPORTS = 1 << 15  # about a sixth of a second
+_VISITING_MODULES = tuple(f"visiting/{name}" for name in ("layout", "waiting", "leaving", "scheduling", "kernel"))
 _COMPILED_MODULES = (
     "layout",
     "compilation",
@@ -58,17 +61,17 @@ class SimulationInterrupted(StepcalError, RuntimeError):
 _COMPILING = threading.Lock()
 
 
-def _compiled() -> Callable[..., int]:
-    """The compiled loop; threads that ask for it at the same time get the same one."""
+def _compiled(compile_loop: Callable[[str], Callable[..., int]]) -> Callable[..., int]:
+    """A compiled loop; threads that ask for it at the same time get the same one."""
     with _COMPILING:
-        return _compiled_once()
+        return _compiled_once(compile_loop)
 
 
 @cache
-def _compiled_once() -> Callable[..., int]:
+def _compiled_once(compile_loop: Callable[[str], Callable[..., int]]) -> Callable[..., int]:
     folder = Path(__file__).parent
-    sources = b"".join((folder / f"{name}.py").read_bytes() for name in _COMPILED_MODULES)
-    return compile_advance(hashlib.sha256(sources).hexdigest())
+    sources = b"".join((folder / f"{name}.py").read_bytes() for name in _COMPILED_MODULES + _VISITING_MODULES)
+    return compile_loop(hashlib.sha256(sources).hexdigest())
 
 
 def simulate(
@@ -198,27 +201,20 @@ class EngineRun:
         self.recorder = StepRecorder(
             server, requests.n_stages, record_steps, seed, keep_empty=keep_empty, asks=self.asks
         )
-        self.state = lay_out_state(self.limits, clients.first_sent(requests))
+        self.visits = lay_out_visits(server, requests) if server.visits_each_request else None
+        self.state = lay_out_state(self.limits, self.slots.rows.size, clients.first_sent(requests))
         self.batch = at.one_row(at.BATCH)
 
     def drive(self, on_progress: Callable[[int, int], None] | None) -> None:
         """Run to the end."""
-        advance = _compiled()
         n_requests = len(self.request_list)
         rounds = _ROUNDS_PER_VISIT if on_progress is None else _ROUNDS_BETWEEN_REPORTS
         try:
             while True:
-                reason = advance(
-                    self.limits,
-                    self.requests,
-                    self.slots,
-                    self.pool,
-                    self.times,
-                    self.recorder.record,
-                    self.state,
-                    self.batch,
-                    rounds,
-                )
+                reason = self._advance(rounds)
+                if reason == at.NEEDS_SLOTS:
+                    self.slots, self.pool = grow_slots(self.slots, self.pool, self.state)
+                    continue
                 if reason == at.NEEDS_DURATION:
                     batch = replace(self.recorder.last_batch(self.state), rejected=float(self.state.rejected))
                     self.state.duration_us = add_components(self.step_time(batch))
@@ -239,6 +235,14 @@ class EngineRun:
     def _runs_in_circles(self) -> bool:
         """Whether a request preempts itself again and again: with windows, blocks can suffice for its end but not before."""
         return self.server.has_groups and int(self.requests.rows["preemptions"].max(initial=0)) > _MOST_PREEMPTIONS
+
+    def _advance(self, n_rounds: int) -> int:
+        """Run one of the compiled loops; returns why it came back."""
+        before = (self.limits, self.requests, self.slots, self.pool, self.times)
+        after = (self.recorder.record, self.state, self.batch, n_rounds)
+        if self.visits is None:
+            return _compiled(compile_advance)(*before, *after)
+        return _compiled(compile_visiting_advance)(*before, self.visits, *after)
 
     def _fail(self, reason: int) -> None:
         if reason == at.BAD_DURATION:

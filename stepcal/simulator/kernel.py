@@ -142,7 +142,7 @@ def _schedule(
     batch.n_waiting = state.n_preempted + state.n_queued
     is_step = batch.decode_reqs + batch.prefill_reqs > 0
     if record.is_on:
-        record_call(requests, slots, pool, state, record, batch, is_step)
+        record_call(slots, pool, state, record, batch, is_step)
     return is_step
 
 
@@ -199,14 +199,14 @@ def _start_step(
 
 
 @inlined
-def _has_work(state: State, record: Record) -> bool:
+def has_work(state: State, record: Record) -> bool:
     """Whether vLLM would call ``schedule()``: also once after a request ended (recorded on request only)."""
     n_alive = state.n_running + state.n_preempted + state.n_queued
     return n_alive > 0 or record.keep_empty * state.has_ended > 0
 
 
 @inlined
-def _note_empty_call(limits: Limits, state: State, record: Record) -> bool:
+def note_empty_call(limits: Limits, state: State, record: Record) -> bool:
     """A call that scheduled nothing. Returns whether anything can still happen."""
     if record.keep_empty:
         end = float(state.n_calls) if limits.counts_calls else max(state.now_us, state.gpu_free_us)
@@ -218,7 +218,7 @@ def _note_empty_call(limits: Limits, state: State, record: Record) -> bool:
 
 
 @inlined
-def _take_in(
+def take_in(
     limits: Limits,
     requests: Requests,
     slots: Slots,
@@ -227,7 +227,7 @@ def _take_in(
     record: Record,
 ) -> int:
     """Take in what has arrived; an idle engine sleeps until something does. Returns `GO_ON` or why not."""
-    if not _has_work(state, record) and state.n_in_flight == 0:
+    if not has_work(state, record) and state.n_in_flight == 0:
         if state.n_ended == requests.rows.size:
             return at.DONE
         time, _ = next_arrival(limits, requests, state)
@@ -273,10 +273,10 @@ def compile_advance(source_digest: str) -> Callable[..., Any]:
                 state.needs_duration = 0
                 duration = state.duration_us
             else:
-                reason = _take_in(limits, requests, slots, pool, state, record)
+                reason = take_in(limits, requests, slots, pool, state, record)
                 if reason != at.GO_ON:
                     return reason
-                is_call = is_step = _has_work(state, record)
+                is_call = is_step = has_work(state, record)
                 duration = 0.0
                 if is_call:
                     n_jump = jump_limit(limits, requests, slots, pool, state, record)
@@ -296,7 +296,7 @@ def compile_advance(source_digest: str) -> Callable[..., Any]:
                 if not (duration >= 0.0 and duration < np.inf):
                     return at.BAD_DURATION
                 _start_step(limits, requests, slots, state, record, batch, duration)
-            elif is_call and not _note_empty_call(limits, state, record):
+            elif is_call and not note_empty_call(limits, state, record):
                 return at.STUCK
 
             # While another batch may be in flight, scheduling it goes before waiting for an output.

@@ -11,6 +11,7 @@ from stepcal.simulator.layout import Int32Array, Limits, Pool, Requests, Slots, 
 from stepcal.simulator.load.clients import Clients
 from stepcal.simulator.load.workload import RequestList
 from stepcal.simulator.prefix import PrefixTable, find_shared_prefixes, no_prefixes
+from stepcal.simulator.visiting.layout import SLOTS_PER_SEQUENCE
 from stepcal.units import US_PER_S
 
 
@@ -38,6 +39,11 @@ def limits_of(
         has_caching=int(server.enable_prefix_caching),
         has_groups=int(server.has_groups),
         has_windows=int(server.window_share > 0.0),
+        visits_each=int(server.visits_each_request),
+        by_priority=int(server.scheduling_policy == "priority"),
+        long_prefill_token_threshold=server.long_prefill_token_threshold,
+        spares_lone_requests=int(server.release.spares_lone_requests),
+        keeps_place_after_preemption=int(server.release.keeps_place_after_preemption),
         admits_whole_sequences=int(server.release.admits_whole_sequences),
         reuses_unfindable_first=int(server.release.reuses_unfindable_blocks_first),
         waits_for_windows_in_flight=int(server.release.waits_for_windows_in_flight),
@@ -54,11 +60,11 @@ def limits_of(
     )
 
 
-def lay_out_state(limits: Limits, n_listed: int) -> State:
+def lay_out_state(limits: Limits, n_slots: int, n_listed: int) -> State:
     """Nothing has happened yet; the first `n_listed` requests of the list can be sent."""
     state = at.one_row(at.STATE)
     state.next_finish, state.prefill_slot, state.last_output = at.NEVER, -1, -1
-    state.n_free_slots = limits.max_num_seqs
+    state.n_free_slots = n_slots
     state.list_end = state.n_stage_left = n_listed
     state.n_places = min(limits.max_in_flight, n_listed)
     return state
@@ -160,9 +166,9 @@ def prefixes_of(requests: RequestList, server: ServerConfig) -> PrefixTable:
 
 def lay_out_slots(server: ServerConfig, requests: RequestList, max_keyed_blocks: int) -> Slots:
     """All slots free."""
-    n, n_stages = server.max_num_seqs, requests.n_stages
+    n, n_stages = n_slots_of(server), requests.n_stages
     n_groups = len(server.groups)
-    n_blocks = table_blocks(server, requests) if server.has_groups else 0
+    n_blocks = table_blocks(server, requests) if server.tells_blocks_apart else 0
     rows = np.zeros(n, at.SLOT_ROW)
     for name in ("chunk_call", "finish_call"):
         rows[name] = -1
@@ -180,6 +186,11 @@ def lay_out_slots(server: ServerConfig, requests: RequestList, max_keyed_blocks:
         stage_decoding=np.zeros(n_stages, np.int64),
         stage_batch=np.zeros(n_stages, np.int64),
     )
+
+
+def n_slots_of(server: ServerConfig) -> int:
+    """Slots at the begin: requests that run, or wait, preempted, in front of all others."""
+    return server.max_num_seqs * (SLOTS_PER_SEQUENCE if server.visits_each_request else 1)
 
 
 def table_blocks(server: ServerConfig, requests: RequestList) -> int:
@@ -215,7 +226,7 @@ def _lay_out_windows(server: ServerConfig) -> Any:
 
 
 def lay_out_pool(server: ServerConfig, requests: RequestList, prefixes: PrefixTable) -> Pool:
-    """All blocks free: as one run, or, where layers differ in what they read, one by one."""
+    """All blocks free: as one run, or, where each is told apart, one by one."""
     n = server.usable_blocks + 2
     entries = np.zeros(n, at.ENTRY_ROW)
     entries["node"] = at.ANONYMOUS
@@ -224,11 +235,11 @@ def lay_out_pool(server: ServerConfig, requests: RequestList, prefixes: PrefixTa
     entries["next"][0] = entries["prev"][0] = 1
     entries["count"][1] = server.usable_blocks
     n_nodes = prefixes.n_nodes
-    if server.has_groups:
+    if server.tells_blocks_apart:
         order = np.arange(n - 1)
         entries["next"][:-1], entries["prev"][:-1] = np.roll(order, -1), np.roll(order, 1)
         entries["count"] = 1
-        n_nodes = len(server.groups) * (n_nodes + server.max_num_seqs * table_blocks(server, requests))
+        n_nodes = len(server.groups) * (n_nodes + n_slots_of(server) * table_blocks(server, requests))
     counts = at.one_row(at.BLOCK_COUNTS)
     counts.free, counts.spare = server.usable_blocks, n - 2
     segments = np.zeros(prefixes.segment_end.size, at.SEGMENT_ROW)

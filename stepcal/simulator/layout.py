@@ -31,7 +31,7 @@ SLOT_FREE, SLOT_PREFILL, SLOT_DECODE, SLOT_PREEMPTED = 0, 1, 2, 3
 ANONYMOUS = -1
 
 # Why the compiled loop came back.
-DONE, PAUSED, NEEDS_DURATION, STUCK, BAD_DURATION, GO_ON = 0, 1, 2, 3, 4, 5
+DONE, PAUSED, NEEDS_DURATION, STUCK, BAD_DURATION, GO_ON, NEEDS_SLOTS = 0, 1, 2, 3, 4, 5, 6
 
 # What survives from one call of the compiled loop to the next, one row.
 STATE = np.dtype(
@@ -128,6 +128,11 @@ class Limits(NamedTuple):
     has_caching: int
     has_groups: int  # 1: KV blocks are kept by groups of layers, see `groups`
     has_windows: int  # 1: some layers read a window only
+    visits_each: int  # 1: each request is visited in each call, see `visiting`; also the following
+    by_priority: int
+    long_prefill_token_threshold: int  # most tokens of a request in a call, 0 for no limit
+    spares_lone_requests: int  # see `versions.VllmRelease`
+    keeps_place_after_preemption: int
     admits_whole_sequences: int  # see `versions.VllmRelease`
     reuses_unfindable_first: int
     waits_for_windows_in_flight: int
@@ -186,6 +191,9 @@ SLOT_ROW = np.dtype(
         ("keyed_limit", np.int32),  # blocks that other requests can hit
         ("shared_prefix", np.int32),  # cached blocks that a sliding window could not go on from, see `groups`
         ("state", np.int32),
+        # where each request is visited; `generated` then counts all output tokens that exist
+        ("sampling", np.int32),  # output tokens that batches in flight sample
+        ("unprocessed", np.int32),  # tokens in batches whose output was not processed
     ],
     align=True,
 )

@@ -86,6 +86,12 @@ class VllmRelease:
         regular distances, where they are not above the largest one.
     largest_graph_on_blackwell : int
         Largest CUDA graph that is captured on data-centre GPUs of the generation Blackwell, in tokens.
+    spares_lone_requests : bool
+        Whether `long_prefill_token_threshold` does not hold for a request that is alone in the engine.
+    keeps_place_after_preemption : bool
+        With priorities: whether a call goes on behind a victim wherever it stood, and behind a request that preempted
+        itself. Before, the request behind a victim whose last token was in flight missed its turn, and a request that
+        preempted itself ended the call for all behind it.
     """
 
     version: str
@@ -104,6 +110,8 @@ class VllmRelease:
     waits_for_windows_in_flight: bool = False
     keeps_windows_where_prompts_end: bool = False
     drops_groups_with_connector: bool = False
+    spares_lone_requests: bool = False
+    keeps_place_after_preemption: bool = False
 
     def limits_on(self, accelerator: str, memory_gib: float) -> DefaultLimits:
         """The limits of a server that was given none, on a GPU by name and memory as the driver reports it.
@@ -170,6 +178,8 @@ RELEASES = (
         counts_all_batches_in_flight=True,
         waits_for_windows_in_flight=True,
         keeps_windows_where_prompts_end=True,
+        spares_lone_requests=True,
+        keeps_place_after_preemption=True,
     ),
 )
 """Recorded releases, oldest first."""

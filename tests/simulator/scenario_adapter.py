@@ -34,6 +34,8 @@ def server_of(config: dict) -> ServerConfig:
         async_scheduling=config["async_scheduling"],
         vllm_version=config.get("vllm_version", "0.15.1"),
         kv_groups=tuple(KvGroup(kind, window) for kind, window in config.get("kv_groups", [["full", 0]])),
+        scheduling_policy=config.get("scheduling_policy", "fcfs"),
+        long_prefill_token_threshold=config.get("long_prefill_token_threshold", 0),
     )
 
 
@@ -52,7 +54,14 @@ def requests_of(
         abort_s=None if aborts is None else [np.inf if a is None else a for a in aborts],
         stage=stage,
         index=[r["index"] for r in requests],
+        priority=[r.get("priority", 0) for r in requests],
     )
+
+
+def tell_arrivals(run: EngineRun, requests: list[dict]) -> None:
+    """Let the scheduler compare the arrival times that the requests name, where they name any."""
+    if run.visits is not None and any("arrival_time" in r for r in requests):
+        run.visits = run.visits._replace(told_arrival=np.array([r["arrival_time"] for r in requests], np.float64))
 
 
 def _steps(run: EngineRun) -> list[dict]:
@@ -92,6 +101,7 @@ def play_calls(scenario: dict) -> dict:
     steps = [r.get("abort_before_output_of_step") for r in requests]
     in_flight = np.array([np.inf if step is None else step for step in steps], dtype=np.float64)
     order = np.argsort(in_flight, kind="stable").astype(np.int32)[: int(np.isfinite(in_flight).sum())]
+    tell_arrivals(run, requests)
     run.requests = run.requests._replace(output_abort_at=in_flight, output_abort_order=order)
     run.drive(None)
     rows = run.requests.rows
@@ -134,6 +144,7 @@ def run_timed(scenario: dict, *, record: bool, max_jump: int | None = None, ask:
         max_jump=max_jump,
         keep_empty=record and not ask,
     )
+    tell_arrivals(run, requests)
     # Exactly the scenario's microseconds, without a detour over seconds.
     run.requests.rows["arrival_us"] = [r["arrival_us"] for r in requests]
     run.requests.abort_at[:] = [np.inf if r["abort_us"] is None else r["abort_us"] for r in requests]

@@ -42,6 +42,10 @@ class RequestList:
         When the client gives up, in seconds; infinite for never. In place of one timeout for all.
     index : ndarray of int, shape (n,), optional
         Names of the requests, as in the trace they came from; by default 0, 1, 2 and so on.
+    priority : ndarray of int, shape (n,), optional
+        The smallest is served first where the server's `scheduling_policy` is ``priority``; by default all are 0.
+        Requests of one priority are served in the order of arrival, those of one moment in that of their names as
+        texts, as vLLM orders its request ids.
 
     Raises
     ------
@@ -60,10 +64,11 @@ class RequestList:
     follows: Int32Array | None = None
     abort_s: FloatArray | None = None
     index: IntArray | None = None
+    priority: Int32Array | None = None
 
     def __post_init__(self) -> None:
         n = self.arrival_s.size
-        for name in ("prompt", "output_tokens", "output_content", "stage", "follows", "abort_s", "index"):
+        for name in ("prompt", "output_tokens", "output_content", "stage", "follows", "abort_s", "index", "priority"):
             values = getattr(self, name)
             if values is not None and values.shape != (n,):
                 raise InputError(f"`{name}` has shape {values.shape}; there are {n} arrivals, so it must be ({n},).")
@@ -147,6 +152,7 @@ def make_requests(
     follows: ArrayLike | None = None,
     abort_s: ArrayLike | None = None,
     index: ArrayLike | None = None,
+    priority: ArrayLike | None = None,
 ) -> RequestList:
     """A request list from prompts written out as segments.
 
@@ -157,7 +163,7 @@ def make_requests(
     output_tokens : array_like of int, shape (n,) or scalar
     prompt : array_like of int, shape (n,), optional
         Which prompt each request has; by default they take turns.
-    output_content, stage, follows, abort_s, index : array_like, shape (n,), optional
+    output_content, stage, follows, abort_s, index, priority : array_like, shape (n,), optional
         See `RequestList`.
 
     Returns
@@ -185,4 +191,5 @@ def make_requests(
         follows=integers(follows, np.int32),
         abort_s=None if abort_s is None else np.asarray(abort_s, dtype=np.float64),
         index=integers(index, np.int64),
+        priority=integers(priority, np.int32),
     )
