@@ -29,7 +29,7 @@ from stepcal.simulator.result import SimulationResult
 from stepcal.simulator.step_record import StepRecorder
 from stepcal.simulator.steptime import CompiledStepTime, StepTime, add_components, dummy_times
 from stepcal.simulator.visiting.kernel import compile_visiting_advance
-from stepcal.simulator.visiting.layout import grow_slots, lay_out_visits
+from stepcal.simulator.visiting.layout import MOST_VAIN_PREEMPTIONS, grow_slots, lay_out_visits
 from stepcal.units import US_PER_S
 
 # Rounds of the compiled loop between two looks at the progress bar and at Ctrl-C; well below a second.
@@ -123,7 +123,8 @@ def simulate(
     Raises
     ------
     InputError
-        If a request can never fit, or a step time is NaN, negative or infinite (the component is named).
+        If a request can never fit, if requests preempt each other for ever, or a step time is NaN, negative or infinite
+        (the component is named).
     SimulationInterrupted
         On Ctrl-C.
     """
@@ -250,6 +251,12 @@ class EngineRun:
                 f"The step time is negative, NaN or infinite in step {self.state.n_steps} "
                 f"({self.batch.prefill_tokens} prefill tokens, {self.batch.decode_reqs} decoding requests). "
                 "Check the step-time components, or set `floor_us`."
+            )
+        if reason == at.ENDLESS:
+            raise InputError(
+                f"`kv_blocks` is {self.server.kv_blocks}, with which vLLM {self.server.release.version} does not come to an "
+                f"end: requests preempted each other {MOST_VAIN_PREEMPTIONS:,} times without a token in between (step "
+                f"{self.state.n_steps}). Raise it, or lower `max_num_seqs`."
             )
         if self.server.has_groups:
             waiting = np.isin(self.requests.rows["status"], (at.WAITING, at.RUNNING))

@@ -31,7 +31,7 @@ SLOT_FREE, SLOT_PREFILL, SLOT_DECODE, SLOT_PREEMPTED = 0, 1, 2, 3
 ANONYMOUS = -1
 
 # Why the compiled loop came back.
-DONE, PAUSED, NEEDS_DURATION, STUCK, BAD_DURATION, GO_ON, NEEDS_SLOTS = 0, 1, 2, 3, 4, 5, 6
+DONE, PAUSED, NEEDS_DURATION, STUCK, BAD_DURATION, GO_ON, NEEDS_SLOTS, ENDLESS = 0, 1, 2, 3, 4, 5, 6, 7
 
 # What survives from one call of the compiled loop to the next, one row.
 STATE = np.dtype(

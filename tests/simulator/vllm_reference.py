@@ -14,6 +14,13 @@ from dataclasses import dataclass, field
 # A token is named by what it is: (content id, offset in that content). Equal names are equal tokens.
 Token = tuple[object, int]
 
+# Preemptions without one token in between from which on a scenario counts as one without end.
+MOST_VAIN_PREEMPTIONS = 1000
+
+
+class EndlessError(RuntimeError):
+    """Requests preempt each other for ever, as those of vLLM 0.15.1 can with priorities and few blocks."""
+
 
 def num_tokens(segments: Iterable[Iterable[int]]) -> int:
     """Tokens of a prompt given as ``[[content_id, n_tokens], ...]``."""
@@ -604,6 +611,8 @@ def simulate(scenario: dict, step_time_us: Callable[[Batch], float] | None = Non
     ------
     ValueError
         If a request can never run: longer than ``max_model_len``, more blocks than there are, or no token at all.
+    EndlessError
+        If requests preempt each other for ever.
     """
     descriptions = scenario["requests"]
     config = scenario["config"]
@@ -624,6 +633,7 @@ def simulate(scenario: dict, step_time_us: Callable[[Batch], float] | None = Non
     first_scheduled_us: dict[int, float] = {}
     first_token_us: dict[int, float] = {}
     finish_us: dict[int, float] = {}
+    n_vain_preemptions = 0
 
     def abort(indices: list[int]) -> None:
         for index in indices:
@@ -648,6 +658,9 @@ def simulate(scenario: dict, step_time_us: Callable[[Batch], float] | None = Non
             in_flight.append(step)
             times = clock.start(step)
             steps.append({**step.as_recorded(), **times})
+            n_vain_preemptions += len(step.preempted)
+            if n_vain_preemptions > MOST_VAIN_PREEMPTIONS:
+                raise EndlessError(f"{n_vain_preemptions} preemptions without a token up to step {step.number}")
             if times:
                 for request, *_ in step.rows:
                     first_scheduled_us.setdefault(request.index, times["start_us"])
@@ -659,6 +672,7 @@ def simulate(scenario: dict, step_time_us: Callable[[Batch], float] | None = Non
         clock.finish(step)
         abort(clock.aborts_in_flight(step))
         for request in scheduler.process_output(step):
+            n_vain_preemptions = 0
             first_token_step.setdefault(request.index, step.number)
             first_token_us.setdefault(request.index, clock.now_us)
             if request.state == "finished":

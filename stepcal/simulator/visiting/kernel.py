@@ -7,7 +7,7 @@ import numpy as np
 
 from stepcal.simulator import layout as at
 from stepcal.simulator.clock import gap_bin, step_duration
-from stepcal.simulator.compilation import cached, inlined
+from stepcal.simulator.compilation import cached, compiled, inlined
 from stepcal.simulator.departures import finish
 from stepcal.simulator.groups import register_groups
 from stepcal.simulator.intake import abort_before_output
@@ -15,7 +15,7 @@ from stepcal.simulator.jumps import put_in_flight
 from stepcal.simulator.kernel import has_work, note_empty_call, take_in
 from stepcal.simulator.layout import Batch, Limits, Pool, Record, Requests, Slots, State, Times
 from stepcal.simulator.rows import finish_row, record_items
-from stepcal.simulator.visiting.layout import Visits
+from stepcal.simulator.visiting.layout import MOST_VAIN_PREEMPTIONS, Visits
 from stepcal.simulator.visiting.leaving import leave_lists
 from stepcal.simulator.visiting.scheduling import schedule
 from stepcal.simulator.visiting.waiting import add_arrived
@@ -34,7 +34,7 @@ def _count_gap(requests: Requests, slots: Slots, record: Record, slot: int, requ
     slots.rows.last_token_us[slot] = end
 
 
-@inlined
+@compiled
 def _process_output(
     limits: Limits, requests: Requests, slots: Slots, pool: Pool, visits: Visits, state: State, record: Record
 ) -> None:
@@ -54,6 +54,7 @@ def _process_output(
         slots.rows.unprocessed[slot] -= visits.flight_tokens[flight, i]
         if not visits.flight_samples[flight, i]:
             continue  # a chunk of a prompt
+        visits.n.vain = 0
         _count_gap(requests, slots, record, slot, request, end)
         slots.rows.generated[slot] += 1
         slots.rows.sampling[slot] -= 1
@@ -88,6 +89,17 @@ def _start_step(
     state.n_calls += 1
 
 
+@inlined
+def _prepare_call(limits: Limits, requests: Requests, visits: Visits, state: State) -> int:
+    """Let wait who has arrived; returns `GO_ON`, or why no call can be made."""
+    add_arrived(limits, requests, visits, state)
+    if visits.n.vain > MOST_VAIN_PREEMPTIONS:
+        return at.ENDLESS
+    if state.n_free_slots < min(limits.max_num_seqs - state.n_running, state.n_queued):
+        return at.NEEDS_SLOTS
+    return at.GO_ON
+
+
 def compile_visiting_advance(source_digest: str) -> Callable[..., Any]:
     """The compiled loop, cached on disk; see `stepcal.simulator.kernel.compile_advance`."""
 
@@ -113,11 +125,10 @@ def compile_visiting_advance(source_digest: str) -> Callable[..., Any]:
                 duration = state.duration_us
             else:
                 reason = take_in(limits, requests, slots, pool, state, record)
+                if reason == at.GO_ON:
+                    reason = _prepare_call(limits, requests, visits, state)
                 if reason != at.GO_ON:
                     return reason
-                add_arrived(limits, requests, visits, state)
-                if state.n_free_slots < min(limits.max_num_seqs - state.n_running, state.n_queued):
-                    return at.NEEDS_SLOTS
                 is_call = is_step = has_work(state, record)
                 duration = 0.0
                 if is_call:

@@ -13,6 +13,9 @@ from stepcal.units import FloatArray, IntArray
 SLOTS_PER_SEQUENCE = 2
 """Slots laid out for each request that may run: others wait, preempted, behind more important ones. More come on demand."""
 
+MOST_VAIN_PREEMPTIONS = 1 << 16
+"""Preemptions without one token in between from which on requests are said to preempt each other for ever."""
+
 # One row an entry of the waiting heap. The smallest (level, time, tie) comes first.
 WAITING_ROW = np.dtype(
     [
@@ -30,6 +33,7 @@ VISIT_COUNTS = np.dtype(
         ("waiting", np.int64),  # entries of the waiting heap
         ("seen", np.int64),  # requests of `requests.queue` that were put on it
         ("moves", np.int64),  # entries ever put on it
+        ("vain", np.int64),  # preemptions since the last token
     ],
     align=True,
 )

@@ -68,6 +68,7 @@ def _preempt(
     state.n_preempted += 1
     state.has_changed = 1
     state.n_preemptions += 1
+    visits.n.vain += 1
     requests.rows.preemptions[request] += 1
     note_preemption(record, state, request)
 
@@ -89,7 +90,7 @@ def _needs_no_block(limits: Limits, pool: Pool, slots: Slots, slot: int, n_token
     return blocks_of(n_tokens, limits.block_size) <= slots.table_len[slot, 0]
 
 
-@inlined
+@compiled
 def schedule_running(
     limits: Limits,
     requests: Requests,
@@ -165,7 +166,7 @@ def _take_first_blocks(
     return chunk, cached
 
 
-@inlined
+@compiled
 def admit_waiting(
     limits: Limits,
     requests: Requests,
@@ -227,7 +228,7 @@ def _add_to_batch(limits: Limits, pool: Pool, batch: Batch, context: int, chunk:
         batch.window_pairs += chunk_window_pairs(pool, context, chunk)
 
 
-@inlined
+@compiled
 def commit(
     limits: Limits, slots: Slots, pool: Pool, visits: Visits, state: State, record: Record, batch: Batch
 ) -> None:
