@@ -14,12 +14,12 @@ from dataclasses import dataclass, field
 # A token is named by what it is: (content id, offset in that content). Equal names are equal tokens.
 Token = tuple[object, int]
 
-# Preemptions without one token in between from which on a scenario counts as one without end.
-MOST_VAIN_PREEMPTIONS = 1000
+# Preemptions and empty steps without one token in between from which on a scenario counts as one without end.
+MOST_VAIN_EVENTS = 1000
 
 
 class EndlessError(RuntimeError):
-    """Requests preempt each other for ever, as those of vLLM 0.15.1 can with priorities and few blocks."""
+    """Requests preempt each other for ever, or wait for ever, as vLLM's can with few blocks."""
 
 
 def num_tokens(segments: Iterable[Iterable[int]]) -> int:
@@ -612,7 +612,7 @@ def simulate(scenario: dict, step_time_us: Callable[[Batch], float] | None = Non
     ValueError
         If a request can never run: longer than ``max_model_len``, more blocks than there are, or no token at all.
     EndlessError
-        If requests preempt each other for ever.
+        If requests preempt each other, or wait, for ever.
     """
     descriptions = scenario["requests"]
     config = scenario["config"]
@@ -633,7 +633,7 @@ def simulate(scenario: dict, step_time_us: Callable[[Batch], float] | None = Non
     first_scheduled_us: dict[int, float] = {}
     first_token_us: dict[int, float] = {}
     finish_us: dict[int, float] = {}
-    n_vain_preemptions = 0
+    n_vain_events = 0
 
     def abort(indices: list[int]) -> None:
         for index in indices:
@@ -658,9 +658,9 @@ def simulate(scenario: dict, step_time_us: Callable[[Batch], float] | None = Non
             in_flight.append(step)
             times = clock.start(step)
             steps.append({**step.as_recorded(), **times})
-            n_vain_preemptions += len(step.preempted)
-            if n_vain_preemptions > MOST_VAIN_PREEMPTIONS:
-                raise EndlessError(f"{n_vain_preemptions} preemptions without a token up to step {step.number}")
+            n_vain_events += len(step.preempted) + step.is_empty
+            if n_vain_events > MOST_VAIN_EVENTS:
+                raise EndlessError(f"no token in {n_vain_events} preemptions and empty steps up to step {step.number}")
             if times:
                 for request, *_ in step.rows:
                     first_scheduled_us.setdefault(request.index, times["start_us"])
@@ -672,7 +672,7 @@ def simulate(scenario: dict, step_time_us: Callable[[Batch], float] | None = Non
         clock.finish(step)
         abort(clock.aborts_in_flight(step))
         for request in scheduler.process_output(step):
-            n_vain_preemptions = 0
+            n_vain_events = 0
             first_token_step.setdefault(request.index, step.number)
             first_token_us.setdefault(request.index, clock.now_us)
             if request.state == "finished":
