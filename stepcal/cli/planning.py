@@ -80,7 +80,8 @@ def predict(
     )
     served, known = deployment_from(options), load_known(coefficients)
     beyond = deployment_outside(served.deployment, known.validity)
-    notes = [*served.notes, *(f"extrapolated: {text}" for text in beyond)]
+    of_kernels = known.coefficients.notes(served.deployment)
+    notes = [*served.notes, *of_kernels, *(f"extrapolated: {text}" for text in beyond)]
     if rate is None:
         step = predict_step(known.coefficients, served.deployment, step_batch(prefill, context, batch))
         lines = [f"{step.total_us:,.0f} us a step; floor by the datasheet's memory bandwidth {step.floor_us:,.0f} us"]

@@ -19,7 +19,8 @@ import pandas as pd
 
 from stepcal.errors import InputError
 from stepcal.files import write_atomically
-from stepcal.kernels.constants import ADDED_FILE, ALL_REDUCE_FILE, ANY, KERNELS_FILE, NUMBERS
+from stepcal.kernels.attention_check import attention_checks
+from stepcal.kernels.constants import ADDED_FILE, ALL_REDUCE_FILE, ANY, CHECKS_FILE, KERNELS_FILE, NUMBERS
 from stepcal.kernels.fit import L2_BYTES, FittedKernel, fit_experts, fit_gpu
 from stepcal.kernels.forms import BYTES_PER_ACTIVATION, ELEMENTWISE, GEMM, KernelConstants
 from stepcal.kernels.mla_fit import fit_mla
@@ -77,6 +78,7 @@ def build(wheel: Path, out: Path) -> list[Path]:
     written = {
         KERNELS_FILE: _table(fitted),
         ADDED_FILE: _table(added),
+        CHECKS_FILE: pd.concat([attention_checks(name, tables[name], gpu, fitted[name]) for name, gpu in gpus.items()]),
         ALL_REDUCE_FILE: link_table,
         SAMPLE_FILE: pd.concat([_sample(name, kernel) for name, own in kernels.items() for kernel in own]),
         DATASHEET_FILE: pd.concat([compare_datasheet(gpus[name], tables[name]) for name in gpus]),

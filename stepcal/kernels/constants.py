@@ -19,12 +19,15 @@ from stepcal.errors import InputError
 from stepcal.kernels.forms import PRECISIONS, AllReduce, KernelConstants
 from stepcal.locations import data_folder
 from stepcal.specs.hardware import Accelerator
+from stepcal.units import PERCENT
 
 ANY = "any"
 KERNELS_FILE, ALL_REDUCE_FILE = "kernels.csv", "all_reduce.csv"
 ADDED_FILE = "kernels_added.csv"
 """Kernels that came after `KERNELS_FILE` was frozen with the default coefficients; none of them stands there."""
 NUMBERS = ("floor_us", "unit_us", "bandwidth_share", "compute_share", "sharpness", "residual_log_sd")
+CHECKS_FILE = "attention_checks.csv"
+"""What the constants of attention miss where heads or windows are others than those that they were fitted to."""
 NEXT_PRECISION = {
     "fp8_block": "fp8", "int8": "fp8", "int4": "bf16", "nvfp4": "fp8", "mxfp4": "int4", "fp8": "bf16",
 }  # fmt: skip
@@ -144,6 +147,17 @@ def load_kernels(accelerator: Accelerator) -> GpuKernels:
     return GpuKernels(accelerator, own, table.get(ANY, {}), links.get(name, {}), name)
 
 
+def attention_bias(gpu: str, kernel: str, *, head_dim: int, window: int = 0) -> float | None:
+    """Return the median error of attention on a GPU for heads or windows that were not fitted, None if not known.
+
+    Examples
+    --------
+    >>> attention_bias("h100-sxm", "prefill_attention", head_dim=64) < -0.1
+    True
+    """
+    return _shipped_checks().get((gpu, kernel, head_dim, window))
+
+
 def measured_gpus() -> tuple[str, ...]:
     """Return the GPUs that have kernel tables."""
     return tuple(name for name in _shipped() if name != ANY)
@@ -201,6 +215,14 @@ def _shipped() -> dict[str, dict[tuple[str, str], KernelConstants]]:
                 raise InputError(f"{name} has `{key[0]}` in {key[1]} of `{row['gpu']}` again. Remove the row.")
             own[key] = _constants(row, name)
     return table
+
+
+@functools.cache
+def _shipped_checks() -> dict[tuple[str, str, int, int], float]:
+    return {
+        (row["gpu"], row["kernel"], int(row["head_dim"]), int(row["window"])): float(row["bias_percent"]) / PERCENT
+        for row in _rows(CHECKS_FILE)
+    }
 
 
 @functools.cache

@@ -82,14 +82,20 @@ class KernelTables:
         table = self._fastest("moe", "moe_perf", "moe_dtype", keys, dtypes)
         return table[table["moe_ep_size"] == 1].reset_index(drop=True)
 
-    def decode_attention(self) -> pd.DataFrame:
-        """Decode attention of one layer: `precision` of the cache, `batch_size`, `context`, heads, `latency_us`."""
-        table = self._attention("generation_attention_perf")
+    def decode_attention(self, *, windows: bool = False) -> pd.DataFrame:
+        """Decode attention of one layer: `precision` of the cache, `batch_size`, `context`, heads, `latency_us`.
+
+        With `windows` also layers that read a window (`window_size`, 0 for none).
+        """
+        table = self._attention("generation_attention_perf", windows=windows)
         return table.assign(context=table["step"] + 1)
 
-    def prefill_attention(self) -> pd.DataFrame:
-        """Prefill attention of one layer: `precision` of the cache, `batch_size`, `isl`, heads, `latency_us`."""
-        return self._attention("context_attention_perf")
+    def prefill_attention(self, *, windows: bool = False) -> pd.DataFrame:
+        """Prefill attention of one layer: `precision` of the cache, `batch_size`, `isl`, heads, `latency_us`.
+
+        With `windows` also layers that read a window (`window_size`, 0 for none).
+        """
+        return self._attention("context_attention_perf", windows=windows)
 
     def mla(self, phase: str) -> pd.DataFrame:
         """Modules of latent attention with all their products, of a phase (``generation``, ``context``).
@@ -163,11 +169,13 @@ class KernelTables:
         fastest: pd.DataFrame = known.groupby(["precision", *keys], as_index=False).agg({"latency_us": "min"})
         return fastest
 
-    def _attention(self, name: str) -> pd.DataFrame:
+    def _attention(self, name: str, *, windows: bool = False) -> pd.DataFrame:
         table = self._read("attention", name)
         table = table.assign(precision=table["kv_cache_dtype"].map(DTYPES), latency_us=table["latency"] * US_PER_MS)
         slides = table["window_size"] > 0 if "window_size" in table else pd.Series(data=False, index=table.index)
-        return table[table["precision"].notna() & ~slides & (table["latency_us"] > 0)].reset_index(drop=True)
+        own = table if "window_size" in table else table.assign(window_size=0)
+        kept = own["precision"].notna() & (windows | ~slides) & (own["latency_us"] > 0)
+        return own[kept].reset_index(drop=True)
 
 
 def open_wheel(wheel: Path) -> dict[str, KernelTables]:

@@ -6,7 +6,7 @@ The page keeps its prose; what stands between two markers is replaced. A test ho
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from stepcal.datasets.request_traces import DATE_TIME, FORMATS
@@ -98,7 +98,12 @@ TABLES = {
 
 def with_tables(page: str) -> str:
     """Return the page with its tables as the code has them now."""
-    for name, make in TABLES.items():
+    return filled(page, TABLES)
+
+
+def filled(page: str, tables: Mapping[str, Callable[[], str]]) -> str:
+    """Return a page with some tables, by their names, between their markers."""
+    for name, make in tables.items():
         marked = re.compile(rf"(<!-- table: {name} -->\n)(.*?)(<!-- end -->)", flags=re.DOTALL)
         page = marked.sub(lambda found, make=make: f"{found[1]}{make()}\n{found[3]}", page)  # type: ignore[misc]
     return page

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 from stepcal.errors import InputError
 from stepcal.kernels import GpuKernels
+from stepcal.kernels.constants import CHECKS_FILE, attention_bias
 from stepcal.kernels.forms import (
     BYTES_PER_ACTIVATION,
     DECODE_ATTENTION,
@@ -23,11 +24,14 @@ from stepcal.specs.deployment import Deployment
 from stepcal.specs.latent_attention import LatentAttention
 from stepcal.specs.step_work import FLOPS_PER_MAC, pair_flops
 from stepcal.step_time.kernel_parameters import SMALL_KERNEL_US
-from stepcal.units import US_PER_S
+from stepcal.units import PERCENT, US_PER_S
 
 SMALL_KERNELS_OF_A_MODULE = 2
 """Rotary embedding and the writing of the cache: modules of latent attention were timed with them, and `layer_us` counts
 them again."""
+
+NOTED_BIAS = 0.1
+"""Smaller medians lie within the spread of most tables."""
 
 
 @dataclass(frozen=True)
@@ -121,6 +125,45 @@ def _of_latents(latent: LatentAttention, deployment: Deployment, kernels: GpuKer
         prefill_kv_us=widen_us,
         pair_us=a_pair * a_flop / prefill.compute_share,
     )
+
+
+def attention_notes(deployment: Deployment) -> list[str]:
+    """Return what to know of a deployment's attention: what no server stands behind, and what its kernel's tables deny."""
+    notes = []
+    if deployment.architecture.latent is not None:
+        notes.append(
+            "Latent attention is fitted to timings of DeepSeek-V3's attention modules; its step times are not validated end "
+            "to end, as no server with it was measured."
+        )
+    if deployment.kv_precision == "fp8":
+        notes.append(
+            "An FP8 KV cache is known from timings of kernels; its step times are not validated end to end, as no server "
+            "with one was measured."
+        )
+    if deployment.windows is not None:
+        notes.append("No server of a model with windows was measured; its step times are not validated end to end.")
+    return notes + _biases(deployment)
+
+
+def _biases(deployment: Deployment) -> list[str]:
+    """Attention of heads and windows that the constants were not fitted to, where its tables differ by much."""
+    a, gpu = deployment.architecture, deployment.accelerator.name
+    if a.latent is not None:
+        return []
+    windows = deployment.windows
+    kinds = {0} if windows is None else {windows.window, *({0} if windows.n_full else ())}
+    notes = []
+    for window in sorted(kinds):
+        for kernel, _ in attention_kernels(deployment):
+            bias = attention_bias(gpu, kernel, head_dim=a.head_dim, window=window)
+            if bias is not None and abs(bias) > NOTED_BIAS:
+                of = f"a window of {window} tokens" if window else "the whole context"
+                percent, side = PERCENT * abs(bias), "less" if bias < 0 else "more"
+                notes.append(
+                    f"`{kernel}` of heads of {a.head_dim} elements over {of} is predicted to take {percent:.0f}% {side} "
+                    f"than in its tables on `{gpu}` (data/hardware/{CHECKS_FILE})."
+                )
+    return notes
 
 
 def latent_products(deployment: Deployment) -> tuple[list[tuple[float, float]], list[tuple[float, float]]]:

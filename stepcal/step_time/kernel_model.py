@@ -28,7 +28,12 @@ from stepcal.simulator import CompiledStepTime, StepBatch
 from stepcal.specs.deployment import Deployment
 from stepcal.specs.step_work import COLLECTIVES_PER_LAYER
 from stepcal.specs.weight_formats import FULL_WIDTH
-from stepcal.step_time.attention_kernels import attention_costs, attention_kernels, latent_products
+from stepcal.step_time.attention_kernels import (
+    attention_costs,
+    attention_kernels,
+    attention_notes,
+    latent_products,
+)
 from stepcal.step_time.attention_kinds import tokens_read, within_windows
 from stepcal.step_time.cuda_graphs import graph_sizes, padded_tokens
 from stepcal.step_time.kernel_parameters import (
@@ -228,28 +233,7 @@ def kernel_notes(deployment: Deployment) -> list[str]:
     sampler = sampler_note(deployment)
     notes = load_kernels(deployment.accelerator).notes(sorted(used), ranks=deployment.tensor_parallel)
     notes += [] if sampler is None else [sampler]
-    return notes + _not_validated(deployment)
-
-
-def _not_validated(deployment: Deployment) -> list[str]:
-    """What of a deployment's attention no measured server stands behind."""
-    notes = []
-    if deployment.architecture.latent is not None:
-        notes.append(
-            "Latent attention is fitted to timings of DeepSeek-V3's attention modules; its step times are not validated end "
-            "to end, as no server with it was measured."
-        )
-    if deployment.kv_precision == "fp8":
-        notes.append(
-            "An FP8 KV cache is known from timings of kernels; its step times are not validated end to end, as no server "
-            "with one was measured."
-        )
-    if deployment.windows is not None:
-        notes.append(
-            "Layers with a window are taken to cost as much per token that they read as the others; no server with them was "
-            "measured."
-        )
-    return notes
+    return notes + attention_notes(deployment)
 
 
 def touched_experts(tokens: ArrayLike, n_experts: int, experts_per_token: int, skew: float) -> FloatArray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -13,10 +14,12 @@ from hypothesis import strategies as st
 from stepcal.errors import InputError
 from stepcal.kernels import AllReduce, KernelConstants, load_kernels
 from stepcal.kernels.build import typical
-from stepcal.kernels.constants import measured_gpus
+from stepcal.kernels.constants import KERNELS_FILE, measured_gpus
 from stepcal.kernels.fit import fit_decode_attention, fit_experts, fit_gemm, fit_prefill_attention
 from stepcal.kernels.forms import experts_us, gemm_us
+from stepcal.kernels.mla_fit import DEEPSEEK_V3, fit_mla
 from stepcal.kernels.tables import open_wheel
+from stepcal.locations import data_folder
 from stepcal.specs.hardware import load_accelerator, read_accelerator
 
 H100 = load_accelerator("h100-sxm")
@@ -191,3 +194,52 @@ def test_another_wheel_is_refused(tmp_path):
 def test_an_all_reduce_is_a_power_between_its_points():
     table = AllReduce(2, np.array([1e3, 1e6]), np.array([4.0, 16.0]))
     assert table.time_us(np.sqrt(1e9)) == pytest.approx(8.0)
+
+
+def mla_table(decode, prefill, n=DEEPSEEK_V3):
+    """Modules of DeepSeek-V3's attention that take what planted constants say, with noise."""
+    products = load_kernels(H100).of("gemm", "bf16")
+    tables = {}
+    for phase, planted in (("generation", decode), ("context", prefill)):
+        lengths = {"context": [128, 1024, 8192, 65536]} if phase == "generation" else {"isl": [128, 512, 2048, 8192]}
+        table = grid(batch_size=[1, 8, 64, 512], num_heads=[1, 8, 32, 128], **lengths)
+        batch, heads, length = (table[c].to_numpy(float) for c in ("batch_size", "num_heads", *lengths))
+        tokens = batch if phase == "generation" else batch * length
+        times = []
+        for b, h, t, c in zip(batch, heads, tokens, length, strict=True):
+            shapes = [p.of_heads(h) for p in n.products(7168, absorbed=phase == "generation")]
+            fixed = sum(float(gemm_us(products, H100, t, *shape)) for shape in shapes)
+            if phase == "generation":
+                memory = b * c * n.latent_width * 2 / H100.hbm_bandwidth * 1e6
+                compute = b * c * h * n.decode_flops_per_head / H100.bf16_dense_flops * 1e6
+            else:
+                memory = t * h * n.prefill_width * 2 / H100.hbm_bandwidth * 1e6
+                compute = t * (c + 1) / 2 * h * n.prefill_flops_per_head / H100.bf16_dense_flops * 1e6
+            units = b if phase == "generation" else t
+            times.append(fixed + float(planted.time_us(memory, compute, units=units)))
+        about = {"precision": "bf16", "gemm_type": "bfloat16", "latency_us": noisy(np.array(times))}
+        tables[phase] = table.assign(**about)
+    return SimpleNamespace(mla=tables.get, version=lambda operation: "0.24.0")
+
+
+def test_latent_attention_is_found_again_beside_its_products():
+    decode = KernelConstants(
+        "mla_decode", "bf16", 60.0, unit_us=0.1, bandwidth_share=0.85, compute_share=0.7, sharpness=2.0
+    )
+    prefill = KernelConstants("mla_prefill", "bf16", 80.0, unit_us=0.03, bandwidth_share=0.3, compute_share=0.8)
+    found = {
+        f.constants.kernel: f for f in fit_mla(mla_table(decode, prefill), H100, load_kernels(H100).of("gemm", "bf16"))
+    }
+    same(found["mla_decode"], decode, "floor_us", "bandwidth_share", rel=0.15)
+    assert found["mla_decode"].constants.residual_log_sd == pytest.approx(NOISE, rel=0.4)  # share and sharpness trade
+    same(found["mla_prefill"], prefill, "floor_us", "unit_us", "bandwidth_share", "compute_share", rel=0.2)
+
+
+def test_added_kernels_stand_beside_the_frozen_ones_and_not_among_them():
+    kernels = load_kernels(H100)
+    assert kernels.of("experts", "mxfp4").n_rows > 100
+    assert kernels.of("mla_decode", "bf16").n_rows > 100
+    assert not load_kernels(load_accelerator("a100-80gb")).of("mla_decode", "bf16").n_rows
+    frozen = (data_folder() / "hardware" / KERNELS_FILE).read_text()
+    assert "mla" not in frozen
+    assert "mxfp4" not in frozen

@@ -143,3 +143,9 @@ def test_experts_in_mxfp4_take_their_own_kernel() -> None:
     )
     assert own.components_us["products"] < 0.5 * other.components_us["products"]
     assert not any("mxfp4" in note for note in kernel_notes(served(model, vllm_version="0.33.0")))
+
+
+def test_heads_and_windows_that_miss_their_tables_are_named() -> None:
+    notes = kernel_notes(served(ModelArchitecture.from_config(PUBLIC["openai/gpt-oss-20b"])))
+    assert any("`prefill_attention` of heads of 64 elements" in note and "% less than" in note for note in notes)
+    assert not any("elements over" in note for note in kernel_notes(served(load_architecture("llama-2-7b"))))
