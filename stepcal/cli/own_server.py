@@ -14,6 +14,7 @@ from stepcal.cli.server_options import (
     Architecture,
     Degree,
     KvBlocks,
+    KvCacheDtype,
     MaxModelLen,
     MaxNumSeqs,
     MaxTokens,
@@ -38,6 +39,7 @@ def check(
     max_num_batched_tokens: MaxTokens = None,
     max_model_len: MaxModelLen = None,
     enable_prefix_caching: PrefixCaching = None,
+    kv_cache_dtype: KvCacheDtype = None,
     kv_offloading_gib: OffloadGib = None,
     prompt_texts: PromptTexts = None,
     coefficients: Model = "default",
@@ -62,6 +64,7 @@ def check(
         max_model_len,
         enable_prefix_caching,
         kv_offloading_gib,
+        kv_cache_dtype=kv_cache_dtype,
     )
     known = load_known(coefficients)
     logs = read_logs(folder, options, prompt_texts=prompt_texts)
@@ -83,6 +86,7 @@ def calibrate(
     max_num_batched_tokens: MaxTokens = None,
     max_model_len: MaxModelLen = None,
     enable_prefix_caching: PrefixCaching = None,
+    kv_cache_dtype: KvCacheDtype = None,
     kv_offloading_gib: OffloadGib = None,
     prompt_texts: PromptTexts = None,
     prior: Annotated[str, typer.Option("--prior", help="Coefficients that the data correct.")] = "default",
@@ -110,6 +114,7 @@ def calibrate(
         max_model_len,
         enable_prefix_caching,
         kv_offloading_gib,
+        kv_cache_dtype=kv_cache_dtype,
     )
     start, parameters = prior_of(prior)
     logs = read_logs(folder, options, prompt_texts=prompt_texts)

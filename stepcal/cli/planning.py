@@ -14,6 +14,7 @@ from stepcal.cli.server_options import (
     Architecture,
     Degree,
     KvBlocks,
+    KvCacheDtype,
     MaxModelLen,
     MaxNumSeqs,
     MaxTokens,
@@ -44,6 +45,7 @@ def predict(
     max_num_batched_tokens: MaxTokens = None,
     max_model_len: MaxModelLen = None,
     enable_prefix_caching: PrefixCaching = None,
+    kv_cache_dtype: KvCacheDtype = None,
     batch: Annotated[int, typer.Option("--batch", help="One step: requests that decode.")] = 0,
     context: Annotated[int, typer.Option("--context", help="One step: tokens of context of each.")] = 0,
     prefill: Annotated[int, typer.Option("--prefill", help="One step: tokens of a new prompt.")] = 0,
@@ -68,7 +70,7 @@ def predict(
     from stepcal.servers.predict import predict_load, predict_step, step_batch
     from stepcal.servers.validity import deployment_outside
 
-    options = _options(
+    options = server_options(
         architecture,
         accelerator,
         tp,
@@ -77,6 +79,7 @@ def predict(
         max_num_batched_tokens,
         max_model_len,
         enable_prefix_caching,
+        kv_cache_dtype=kv_cache_dtype,
     )
     served, known = deployment_from(options), load_known(coefficients)
     beyond = deployment_outside(served.deployment, known.validity)
@@ -119,6 +122,7 @@ def compare(
     max_num_batched_tokens: MaxTokens = None,
     max_model_len: MaxModelLen = None,
     enable_prefix_caching: PrefixCaching = None,
+    kv_cache_dtype: KvCacheDtype = None,
     input_len: InputLen = None,
     output_len: OutputLen = None,
     prefix_len: PrefixLen = 0,
@@ -134,7 +138,7 @@ def compare(
     """
     from stepcal.servers.predict import compare_servers
 
-    options = _options(
+    options = server_options(
         architecture,
         accelerator,
         tp,
@@ -143,6 +147,7 @@ def compare(
         max_num_batched_tokens,
         max_model_len,
         enable_prefix_caching,
+        kv_cache_dtype=kv_cache_dtype,
     )
     one, two = _side(a, options, coefficients), _side(b, options, coefficients)
     load = _load(like, options, input_len, output_len, prefix_len, requests, seed)
@@ -180,6 +185,7 @@ def plan(
     max_num_batched_tokens: MaxTokens = None,
     max_model_len: MaxModelLen = None,
     enable_prefix_caching: PrefixCaching = None,
+    kv_cache_dtype: KvCacheDtype = None,
     plot: Annotated[Path | None, typer.Option("--plot", help="Write cost against rate as PNG to this file.")] = None,
     requests: Requests = 2_000,
     coefficients: Model = "default",
@@ -205,8 +211,16 @@ def plan(
         refuse_unwritable(plot)
     goal = goal_of(target, goodput)
     known = load_known(coefficients)
-    options = _options(
-        architecture, None, None, None, max_num_seqs, max_num_batched_tokens, max_model_len, enable_prefix_caching
+    options = server_options(
+        architecture,
+        None,
+        None,
+        None,
+        max_num_seqs,
+        max_num_batched_tokens,
+        max_model_len,
+        enable_prefix_caching,
+        kv_cache_dtype=kv_cache_dtype,
     )
     options = {k: v for k, v in options.items() if k not in ("accelerator", "tensor_parallel_size")}
     first = {**options, "accelerator": (gpu or ["h100-sxm"])[0]}
@@ -226,10 +240,6 @@ def plan(
         "left_out": left_out,
     }
     emit(result, json_out, plan_table(choices, left_out) + "\n" + pareto_text(choices))
-
-
-def _options(*values: Any) -> dict[str, Any]:
-    return server_options(*values)
 
 
 def _positive(rate: float) -> float:

@@ -22,6 +22,9 @@ PrefixCaching = Annotated[
     bool | None,
     typer.Option("--enable-prefix-caching/--no-enable-prefix-caching", help="Whether prompt blocks are reused."),
 ]
+KvCacheDtype = Annotated[
+    str | None, typer.Option("--kv-cache-dtype", help="auto (as the checkpoint asks), bfloat16, float16, fp8.")
+]
 OffloadGib = Annotated[
     float | None, typer.Option("--kv-offloading-gib", help="`kv_offloading_size`: pool for KV in CPU memory.")
 ]
@@ -45,6 +48,7 @@ def server_options(
     max_model_len: int | None,
     enable_prefix_caching: bool | None,
     kv_offloading_gib: float | None = None,
+    kv_cache_dtype: str | None = None,
 ) -> dict[str, Any]:
     """Return the options by the names that `stepcal.experiments.options.deployment_from` takes."""
     return {
@@ -57,4 +61,5 @@ def server_options(
         "max_model_len": max_model_len,
         "enable_prefix_caching": enable_prefix_caching,
         "kv_offloading_size": kv_offloading_gib,
+        "kv_cache_dtype": kv_cache_dtype,
     }

@@ -14,6 +14,7 @@ from stepcal.cli.server_options import (
     Architecture,
     Degree,
     KvBlocks,
+    KvCacheDtype,
     MaxModelLen,
     MaxNumSeqs,
     MaxTokens,
@@ -37,6 +38,7 @@ def design(
     max_num_batched_tokens: MaxTokens = None,
     max_model_len: MaxModelLen = None,
     enable_prefix_caching: PrefixCaching = None,
+    kv_cache_dtype: KvCacheDtype = None,
     coefficients: Model = "default",
     minutes: Annotated[float, typer.Option("--minutes", min=1.0, help="Length of the recipe.")] = 30.0,
     stages: Annotated[int, typer.Option("--stages", min=1, max=20, help="Stages of load in it.")] = 6,
@@ -65,6 +67,7 @@ def design(
             max_num_batched_tokens,
             max_model_len,
             enable_prefix_caching,
+            kv_cache_dtype=kv_cache_dtype,
         )
     )
     start, parameters = prior_of(coefficients)
@@ -107,6 +110,7 @@ def drift(
     max_num_batched_tokens: MaxTokens = None,
     max_model_len: MaxModelLen = None,
     enable_prefix_caching: PrefixCaching = None,
+    kv_cache_dtype: KvCacheDtype = None,
     kv_offloading_gib: OffloadGib = None,
     prompt_texts: PromptTexts = None,
     json_out: Json = None,
@@ -129,6 +133,7 @@ def drift(
         max_model_len,
         enable_prefix_caching,
         kv_offloading_gib,
+        kv_cache_dtype=kv_cache_dtype,
     )
     known = load_known(coefficients)
     found = [drift_of(log, known) for log in read_logs(folder, options, prompt_texts=prompt_texts)]

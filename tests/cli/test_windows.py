@@ -79,3 +79,30 @@ def test_every_command_takes_a_model_with_windows(folder: Path) -> None:
     assert evaluated["per_experiment"][0]["predicted"]["completed"] == 120
     checked = run("check", str(folder / "runs"), "--architecture", model)
     assert checked["runs"][0]["errors"]
+
+
+def test_a_cache_in_fp8_holds_more_and_is_said_not_to_be_validated() -> None:
+    step = (
+        "predict",
+        "--architecture",
+        "llama-2-7b",
+        "--accelerator",
+        "h100-sxm",
+        "--batch",
+        "64",
+        "--context",
+        "2000",
+    )
+    wide, narrow = run(*step), run(*step, "--kv-cache-dtype", "fp8")
+    assert narrow["total_us"] < wide["total_us"]
+    assert narrow["floor_us"] < wide["floor_us"]
+    assert any("FP8 KV cache" in note for note in narrow["notes"])
+    assert not any("FP8 KV cache" in note for note in wide["notes"])
+    load = ("--input-len", "600", "--output-len", "50", "--requests", "100", "--gpu", "h100-sxm", "--tp", "1")
+    planned = run(
+        "plan", "--architecture", "llama-2-7b", "--target", "tpot.mean<=30ms", *load, "--kv-cache-dtype", "fp8"
+    )
+    assert "--kv-cache-dtype fp8" in planned["choices"][0]["flags"]
+    done = RUNNER.invoke(app, [*step, "--kv-cache-dtype", "int3"])
+    assert done.exit_code == 2
+    assert "kv_cache_dtype" in done.output
