@@ -120,7 +120,7 @@ PARAMETERS: dict[str, Parameter] = {
     "n_seeds": Parameter("int", "simulated servers of each kind; 2 to 200", _whole(2, 200)),
     "train_share": Parameter("float", "share of each run that trains, first in time", _number(0, 1)),
     "valid_share": Parameter("float", "share that validates, next in time; the rest tests", _number(0, 1)),
-    "only_experiments": Parameter("str", "names of runs, separated by commas; None takes all", _experiments),
+    "only_experiments": Parameter("str", "experiments by name, separated by commas; None takes all", _experiments),
     "experiment_id": Parameter("str", "one of the 16 experiments", _choice(_experiment_ids)),
     "experiments": Parameter("str", "folder of new experiments; None has none", _folder),
     "kv_blocks": Parameter(
@@ -175,6 +175,19 @@ def check_parameters(namespace: Mapping[str, object], *names: str) -> dict[str, 
             f"`train_share` + `valid_share` = {sum(shares):g} leaves nothing to test on. Their sum must be below 1."
         )
     return values
+
+
+def experiment_names(only_experiments: str | None) -> tuple[str, ...]:
+    """Return the experiments that a page's `only_experiments` names, which is empty for all of them.
+
+    Examples
+    --------
+    >>> experiment_names("a, b")
+    ('a', 'b')
+    >>> experiment_names(None)
+    ()
+    """
+    return tuple(name.strip() for name in only_experiments.split(",")) if only_experiments else ()
 
 
 def check_value(name: str, value: object) -> None:

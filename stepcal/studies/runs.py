@@ -55,12 +55,14 @@ def reconstruction(steps: pd.DataFrame, requests: pd.DataFrame) -> TablesAndText
     return run_reconstruction(steps, requests, experiments())
 
 
-def offloading(steps: pd.DataFrame, requests: pd.DataFrame, predictions: pd.DataFrame) -> TablesAndTexts:
+def offloading(
+    steps: pd.DataFrame, requests: pd.DataFrame, predictions: pd.DataFrame, **options: Any
+) -> TablesAndTexts:
     """KV offloading as the cause of the label's milliseconds."""
     from stepcal.datasets import experiments
     from stepcal.studies.diagnosis.kv_offloading import run_offloading
 
-    return run_offloading(steps, requests, predictions, experiments())
+    return run_offloading(steps, requests, predictions, experiments(), **options)
 
 
 def attribution(steps: pd.DataFrame, requests: pd.DataFrame, **options: Any) -> TablesAndTexts:

@@ -19,6 +19,11 @@ CHANGED = {
     "controlled": {"n_seeds": 2},
     "summary": {"limit_percent": 5.0},
     "simulator": {"seed": 1},
+    "h1": {
+        "source": "simulated",
+        "only_experiments": "20260217-202857-llama-2-70b-tp4-general, 20260218-150304-codellama-34b-tp2-general",
+        "n_resamples": 20,
+    },
 }
 """A parameter of a page that needs no traces to be changed."""
 

@@ -29,17 +29,17 @@ FEW_CALLS = 20
 
 
 @drawn_twice
-def knee(narrow: bool, by_held: pd.DataFrame) -> Figure:
+def knee(narrow: bool, by_held: pd.DataFrame, *, pool_gib: float = STUDY_OFFLOAD_GIB) -> Figure:
     """Label a running request against the KV cache in use, in blocks and in GiB, a traced run a colour."""
     figure, (left, right) = panels(narrow, 2.4 if narrow else 2.8, across=2, share_y=True)
     for (run, own), colour in zip(by_held.groupby("experiment_id"), COLOURS, strict=False):
         pool = own["pool_blocks"].iloc[0]
         left.plot(own["held_blocks"], own["per_request_us"], "o-", ms=4, color=colour, label=short_name(str(run)))
         left.axvline(pool, color=colour, ls=":", lw=1.2)
-        right.plot(STUDY_OFFLOAD_GIB * own["held_blocks"] / pool, own["per_request_us"], "o-", ms=4, color=colour)
-    right.axvline(STUDY_OFFLOAD_GIB, color=FAINT, ls=":", lw=1.2)
+        right.plot(pool_gib * own["held_blocks"] / pool, own["per_request_us"], "o-", ms=4, color=colour)
+    right.axvline(pool_gib, color=FAINT, ls=":", lw=1.2)
     left.set(yscale="log", ylabel="label a request (µs)", xlabel="KV blocks in use", title="in blocks")
-    right.set(xlabel="KV cache in use (GiB)", title=f"the same in GiB; dotted: {STUDY_OFFLOAD_GIB:g} GiB")
+    right.set(xlabel="KV cache in use (GiB)", title=f"the same in GiB; dotted: {pool_gib:g} GiB")
     for axes in (left, right):
         axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
         axes.yaxis.set_minor_formatter(FuncFormatter(lambda y, _: ""))

@@ -43,7 +43,12 @@ LATE_SHARE = 0.8
 
 
 def run_offloading(
-    steps: pd.DataFrame, requests: pd.DataFrame, predictions: pd.DataFrame, experiments: pd.DataFrame
+    steps: pd.DataFrame,
+    requests: pd.DataFrame,
+    predictions: pd.DataFrame,
+    experiments: pd.DataFrame,
+    *,
+    pool_gib: float = STUDY_OFFLOAD_GIB,
 ) -> tuple[Tables, dict[str, str]]:
     """Put together what speaks for a full offload pool as the cause of the label's milliseconds.
 
@@ -53,6 +58,8 @@ def run_offloading(
         The public step traces, the measured requests, and the published test rows of all runs.
     experiments : DataFrame
         ``experiments.csv``.
+    pool_gib : float
+        Size of the pool that the label is put against; the fit of the pool itself knows nothing of it.
 
     Returns
     -------
@@ -65,11 +72,11 @@ def run_offloading(
     prompt_tokens = requests.groupby("experiment_id", observed=True)["prompt_tokens"].median()
     fits, profile = fit_pool(temporal_split(steps).train, experiments, prompt_tokens)
     return {
-        "by_held": label_by_held(steps),
+        "by_held": label_by_held(steps, gib=pool_gib),
         "pool_fit": fits,
         "pool_profile": profile,
-        "slopes": interval_slopes(steps),
-        "labels": predicted_labels(predictions, requests, experiments, timing),
+        "slopes": interval_slopes(steps, gib=pool_gib),
+        "labels": predicted_labels(predictions, requests, experiments, timing, gib=pool_gib),
         "late": late_intervals(predictions, requests, experiments),
     }, {}
 
@@ -107,7 +114,7 @@ def label_by_held(steps: pd.DataFrame, *, gib: float = STUDY_OFFLOAD_GIB) -> pd.
     return pd.DataFrame(rows)
 
 
-def interval_slopes(steps: pd.DataFrame) -> pd.DataFrame:
+def interval_slopes(steps: pd.DataFrame, *, gib: float = STUDY_OFFLOAD_GIB) -> pd.DataFrame:
     """Return by how much the interval between steps grows with the label at a fixed batch, where the pool rejects.
 
     Training and validation steps with more blocks in use than the pool has; both quantities as deviations from their mean
@@ -132,7 +139,7 @@ def interval_slopes(steps: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for experiment, run in table.groupby("experiment_id", sort=True):
         own = run.sort_values("step_id")
-        is_above = own["held_blocks"] > offload_blocks(architecture_of(own), STUDY_OFFLOAD_GIB)
+        is_above = own["held_blocks"] > offload_blocks(architecture_of(own), gib)
         chosen = is_above & own["usable"] & (own["prefill_tokens"] <= LARGE_PREFILL_TOKENS)
         follows = chosen & (own["gap_steps"] == 1)
         autocorrelation = float(own["duration_us"][follows].corr(own["duration_us"].shift(-1)[follows]))
@@ -213,11 +220,16 @@ def estimated_rejections(timing: pd.DataFrame) -> pd.DataFrame:
 
 
 def predicted_labels(
-    predictions: pd.DataFrame, requests: pd.DataFrame, experiments: pd.DataFrame, timing: pd.DataFrame
+    predictions: pd.DataFrame,
+    requests: pd.DataFrame,
+    experiments: pd.DataFrame,
+    timing: pd.DataFrame,
+    *,
+    gib: float = STUDY_OFFLOAD_GIB,
 ) -> pd.DataFrame:
     """Predict the label of every run's published test rows from the CPU timing, with nothing fitted to a server.
 
-    The batches are rebuilt from requests, the pool has `STUDY_OFFLOAD_GIB`, and a running request and a rejection cost what
+    The batches are rebuilt from requests, the pool has `gib`, and a running request and a rejection cost what
     they cost our CPU.
 
     Returns
@@ -242,7 +254,7 @@ def predicted_labels(
         now = timeline.at(late)
         running = (now[DECODING] + now[PREFILLING]).to_numpy(dtype=float)
         held = blocks_in_use(lives, late, run)
-        pool = offload_blocks(load_architecture(str(run["model"])), STUDY_OFFLOAD_GIB)
+        pool = offload_blocks(load_architecture(str(run["model"])), gib)
         rejected = rejected_requests(running, held, float(run["run_output_tokens"]), pool_blocks=pool)
         predicted = per_request * running + rejected * (constant + block * pool)
         label = float(published["duration_us"].median())
