@@ -123,7 +123,7 @@ def _assignments(source: str) -> list[tuple[str, object]]:
 
 
 def _again(page: str, parameters: Mapping[str, object]) -> dict[str, Any]:
-    example = next((n for n in parameters if n not in {"source", "data"}), None)
+    example = next((n for n, v in parameters.items() if n not in {"source", "data"} and v is not None), None)
     setting = f" --set {example}={parameters[example]}" if example else ""
     rows = "\n".join(f"| `{n}` | `{v}` | {PARAMETERS[n].meaning} |" for n, v in parameters.items() if n in PARAMETERS)
     text = (

@@ -5,7 +5,7 @@ import re
 import pytest
 
 from stepcal.locations import book_folder
-from stepcal.report.figures.theme import COLOURS, CSS_NAMES, INK
+from stepcal.report.figures.theme import COLOURS, CSS_NAMES, INK, drawn_twice, panels
 
 STYLE = (book_folder() / "_static" / "stepcal.css").read_text(encoding="utf-8")
 GRAPHIC, TEXT = 3.0, 4.5
@@ -44,3 +44,16 @@ def test_colours_of_figures_stand_out_from_the_ground(scheme):
 def test_the_light_style_sheet_and_the_drawings_have_the_same_colours():
     assert {name: LIGHT[name] for name in CSS_NAMES.values()} == {name: colour for colour, name in CSS_NAMES.items()}
     assert contrast(INK, "#ffffff") > contrast(INK, "#888888") > 1
+
+
+def test_numbers_that_are_read_keep_their_digits():
+    @drawn_twice
+    def draw(narrow):
+        figure, (axes,) = panels(narrow, 2.0)
+        axes.set(xlim=(0, 1 / 3), xlabel="0.0014 of it")
+        return figure
+
+    drawn = draw()
+    assert "0.0014 of it" in drawn.wide
+    assert "0.0014 of it" in drawn.narrow
+    assert not re.search(r' d="[^"]*\d\.\d{3}', drawn.wide)

@@ -82,8 +82,9 @@ def errors_of_rows(narrow: bool, rows: pd.DataFrame, *, band_percent: float = 10
         Half the width of the band about one.
     """
     groups = list(rows.groupby(["model", "gpu", "precision"]))
-    names = [f"{model}, {str(gpu).split('-')[0].upper()}, {precision}" for (model, gpu, precision), _ in groups]
-    figure, both = panels(narrow, 0.38 * len(groups) + 0.9, across=2, share_x=True, share_y=True)
+    between = "\n" if narrow else ", "
+    names = [f"{model}{between}{str(gpu).split('-')[0].upper()}, {precision}" for (model, gpu, precision), _ in groups]
+    figure, both = panels(narrow, 0.42 * len(groups) + 0.9, across=2, share_x=True, share_y=True)
     for axes, metric in zip(both, ("tpot", "ttft"), strict=True):
         axes.axvspan(1 - band_percent / PERCENT, 1 + band_percent / PERCENT, color=RULE, lw=0, zorder=0)
         axes.axvline(1.0, color=FAINT, lw=1)

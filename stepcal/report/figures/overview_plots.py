@@ -7,7 +7,15 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from stepcal.report.figures.plots import short_name
-from stepcal.report.figures.theme import COLOURS, FAINT, categories, drawn_twice, legend_above, panels, plain_logarithm
+from stepcal.report.figures.theme import (
+    COLOURS,
+    FAINT,
+    categories,
+    drawn_twice,
+    figure_legend,
+    panels,
+    plain_logarithm,
+)
 from stepcal.units import MS_PER_S
 
 SMALLEST_SHARE = 1e-12
@@ -34,11 +42,12 @@ def measured_latencies(narrow: bool, runs: pd.DataFrame) -> Figure:
         mean, p99 = rows["e2e_mean"] / MS_PER_S, rows["e2e_p99"] / MS_PER_S
         axes.hlines(rows.index, mean, p99, color=colour, lw=1.4)
         axes.plot(mean, rows.index, marker, ms=5.5, color=colour, label=f"{name}: mean")
-        axes.plot(p99, rows.index, "|", ms=9, mew=1.6, color=colour, label="99th percentile")
+        axes.plot(p99, rows.index, "|", ms=9, mew=1.6, color=colour)
+    axes.plot([], [], "|", ms=9, mew=1.6, color=FAINT, label="99th percentile")
     categories(axes, [short_name(str(name)) for name in own["experiment_id"]])
     axes.set(xscale="log", xlabel="measured E2E of completed requests (s)")
     plain_logarithm(axes)
-    legend_above(axes, columns=2 if narrow else 4)
+    figure_legend(figure, axes, columns=1 if narrow else 3)
     return figure
 
 

@@ -173,7 +173,8 @@ def to_svg(figure: Figure) -> str:
         text = re.sub(rf"(fill|stroke): {colour}\b", rf"\1: var({name}, {colour})", text, flags=re.IGNORECASE)
     text = re.sub(r"<style.*?</style>", "", text, flags=re.DOTALL)
     text = re.sub(r"font-family: [^;\"]*", "font-family: inherit", text)
-    text = re.sub(r"(\d\.\d\d)\d+", r"\1", text)
+    # Coordinates need two digits after the point; what is written in the figure keeps its own.
+    text = re.sub(r"<[^>]+>", lambda tag: re.sub(r"(\d\.\d\d)\d+", r"\1", tag.group(0)), text)
     text = re.sub(r'id="tip:([^"]*)"', r'class="tip" tabindex="0" role="img" aria-label="\1"', text)
     prefix = "f" + hashlib.sha256(text.encode()).hexdigest()[:8]
     text = re.sub(r'\bid="', f'id="{prefix}-', text)
