@@ -112,6 +112,15 @@ def test_page(chromium, base, axe, name, width, scheme):
             if (!drawing || (drawing.getAttribute('aria-label') || '').length < 30) found.push('no alternative text');
             const caption = f.querySelector('figcaption');
             if (!caption || caption.innerText.length < 15) found.push('no caption');
+            for (const drawn of f.querySelectorAll('.fig-wide, .fig-narrow')) {
+              const frame = drawn.getBoundingClientRect();
+              for (const t of frame.width ? drawn.querySelectorAll('svg text') : []) {
+                const box = t.getBoundingClientRect();
+                if (box.width && (box.left < frame.left - 4 || box.right > frame.right + 4)) {
+                  found.push('reaches out of its figure: ' + t.textContent);
+                }
+              }
+            }
           }
           for (const i of document.querySelectorAll('article img')) if (!i.alt) found.push('image without alt: ' + i.src);
           for (const i of document.querySelectorAll('article .cell_output img')) found.push('bitmap: ' + i.src);

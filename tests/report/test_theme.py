@@ -46,6 +46,20 @@ def test_the_light_style_sheet_and_the_drawings_have_the_same_colours():
     assert contrast(INK, "#ffffff") > contrast(INK, "#888888") > 1
 
 
+def test_a_label_that_would_reach_out_of_a_narrow_figure_is_moved_and_broken():
+    @drawn_twice
+    def draw(narrow):
+        figure, (axes,) = panels(narrow, 2.0)
+        axes.set_yticks([0.5], ["a name of some length"])
+        axes.set(xlabel="what is measured here, in per cent of what was measured elsewhere")
+        return figure
+
+    drawn = draw()
+    assert drawn.wide.count(">what is measured here, in per cent of what was measured elsewhere<") == 1
+    assert "elsewhere<" in drawn.narrow
+    assert ">what is measured here, in per cent of what was measured elsewhere<" not in drawn.narrow
+
+
 def test_numbers_that_are_read_keep_their_digits():
     @drawn_twice
     def draw(narrow):

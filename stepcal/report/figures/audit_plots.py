@@ -99,7 +99,7 @@ def label_by_run(narrow: bool, by_run: pd.DataFrame) -> Figure:
     )
     axes.set(xscale="log", xlabel="ms (* overloaded)")
     plain_logarithm(axes)
-    legend_above(axes, columns=1 if narrow else 2)
+    figure_legend(figure, axes, columns=1 if narrow else 2)
     return figure
 
 

@@ -53,7 +53,8 @@ def attribution(narrow: bool, summary: pd.DataFrame) -> Figure:
         for variant, colour in zip(VARIANTS, COLOURS, strict=False):
             line = own[own["variant"] == variant].set_index("fold")["mape_percent"].reindex(list(FOLDS))
             panel.plot(range(len(FOLDS)), line, "o-", ms=5, color=colour, label=VARIANT_WORDS[variant])
-        panel.set(yscale="log", title=f"{label} label, per {level}")
+        title = f"{label} label, per {level}"
+        panel.set(yscale="log", title=title if narrow else title.replace(", ", ",\n"))
         panel.set_xticks(
             range(len(FOLDS)), [FOLD_NAMES[f].replace(", ", ",\n") for f in FOLDS], rotation=35, ha="right"
         )

@@ -252,7 +252,7 @@ def server_over_time(narrow: bool, steps: pd.DataFrame) -> Figure:
         at = at[:: max(1, len(at) // MANY_MARKS)]
         below.plot(at, np.full(len(at), 104), "|", ms=7, color=COLOURS[3], label="steps that preempt")
     below.set(ylabel="KV blocks (%)", xlabel="minutes", ylim=(0, 112))
-    legend_above(below, columns=2)
+    legend_above(below, columns=1 if narrow else 2)
     return figure
 
 
@@ -266,7 +266,7 @@ def singular_values(narrow: bool, table: pd.DataFrame, tolerance: float) -> Figu
     axes.axhline(tolerance, color=FAINT, ls="--", lw=1)
     axes.text(axes.get_xlim()[1], tolerance, "below: no data can see it ", ha="right", va="top", color=FAINT)
     axes.set(xlabel="direction in parameter space", ylabel="singular value (largest = 1)")
-    legend_above(axes)
+    legend_above(axes, columns=2 if narrow else 3)
     return figure
 
 

@@ -103,9 +103,37 @@ def drawn_twice(draw: Callable[Concatenate[bool, P], Figure]) -> Callable[P, Dra
     @wraps(draw)
     def both(*args: P.args, **kwargs: P.kwargs) -> Drawn:
         use_style()
-        return Drawn(*(to_svg(draw(narrow, *args, **kwargs)) for narrow in (False, True)))
+        return Drawn(*(to_svg(keep_labels_inside(draw(narrow, *args, **kwargs))) for narrow in (False, True)))
 
     return both
+
+
+def keep_labels_inside(figure: Figure) -> Figure:
+    """Move the label of an axis that reaches beyond the figure to the axis' end, in two lines where one is too long."""
+    figure.draw_without_rendering()
+    for axes in figure.axes:
+        label = axes.xaxis.label
+        box = label.get_window_extent()
+        if box.x0 < 0 or box.x1 > figure.bbox.x1:
+            if box.width > axes.bbox.x1:
+                label.set_text(in_two_lines(label.get_text()))
+            axes.set_xlabel(label.get_text(), loc="right")
+    return figure
+
+
+def in_two_lines(text: str) -> str:
+    """Break a text at the space next to its middle.
+
+    Examples
+    --------
+    >>> in_two_lines("measured time of a step").splitlines()
+    ['measured time', 'of a step']
+    """
+    spaces = [i for i, c in enumerate(text) if c == " "]
+    if not spaces:
+        return text
+    middle = min(spaces, key=lambda i: abs(i - len(text) / 2))
+    return f"{text[:middle]}\n{text[middle + 1 :]}"
 
 
 def panels(
