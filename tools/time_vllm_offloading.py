@@ -35,7 +35,7 @@ os.environ["VLLM_LOGGING_LEVEL"] = "WARNING"  # the warning of each rejection is
 
 import record_vllm
 from record_vllm import VirtualDevice, add_request, make_engine, vllm_version
-from time_vllm_schedule import NS_PER_US, QUANTILES, quantile, write_timing
+from time_vllm_schedule import MEASURED_RELEASE, NS_PER_US, QUANTILES, quantile, write_timing
 from vllm.config import KVTransferConfig
 from vllm.distributed.kv_transfer.kv_connector.v1 import offloading_connector
 from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
@@ -151,6 +151,7 @@ def time_case(case: Case, seconds: float, model_dir: str) -> list[dict[str, floa
             "prompt_segments": [(1 + i % N_TEXTS // N_GROUPS, system), (1000 + i % N_TEXTS, question)],
             "output_tokens": output,
             "output_content": None,
+            "arrival_step": 0,
         }
         for i in range(len(arrivals))
     ]
@@ -261,10 +262,8 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
     parser.add_argument("--seconds", type=float, default=SECONDS, help="virtual seconds of each case")
     given = parser.parse_args()
-    if vllm_version != record_vllm.EXPECTED_VLLM_VERSION:
-        print(
-            f"vLLM {vllm_version} is installed; the servers ran {record_vllm.EXPECTED_VLLM_VERSION}.", file=sys.stderr
-        )
+    if vllm_version != MEASURED_RELEASE:
+        print(f"vLLM {vllm_version} is installed; the servers ran {MEASURED_RELEASE}.", file=sys.stderr)
         return 2
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as model_dir, Path(os.devnull).open("w") as nowhere:

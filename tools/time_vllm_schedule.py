@@ -37,6 +37,8 @@ PROMPT_TOKENS = 575  # the median prompt of the `general` runs
 BLOCK_SIZE = 16
 STEPS = 600
 WARM_UP_STEPS = 100
+MEASURED_RELEASE = "0.15.1"
+"""Of the study's servers."""
 QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9, 0.99)
 NS_PER_US = 1e3
 
@@ -94,6 +96,7 @@ def time_decode(
             "prompt_segments": [(i + 1, PROMPT_TOKENS)],
             "output_tokens": n_prefill_steps + WARM_UP_STEPS + n_steps + 100,
             "output_content": None,
+            "arrival_step": 0,
         }
         for i in range(n_running + n_waiting)
     ]
@@ -158,10 +161,8 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
     parser.add_argument("--steps", type=int, default=STEPS, help="timed steps a batch size")
     given = parser.parse_args()
-    if vllm_version != record_vllm.EXPECTED_VLLM_VERSION:
-        print(
-            f"vLLM {vllm_version} is installed; the label is of {record_vllm.EXPECTED_VLLM_VERSION}.", file=sys.stderr
-        )
+    if vllm_version != MEASURED_RELEASE:
+        print(f"vLLM {vllm_version} is installed; the label is of {MEASURED_RELEASE}.", file=sys.stderr)
         return 2
     rows: dict[str, list] = {
         name: [] for name in ("function", "running", "waiting", "busy_threads", "n_calls", "mean_us")

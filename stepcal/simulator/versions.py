@@ -77,8 +77,9 @@ class VllmRelease:
         Whether a KV connector, KV offloading included, makes the server keep all layers as if they had full attention.
     holds_offloaded_blocks : bool
         Whether blocks copied to the pool in CPU memory cannot be evicted from it until their request ends, so that a
-        small pool rejects requests; newer releases hold them until the copy is done, and copy prompts alone
-        (`offload_prompt_only`).
+        small pool rejects requests; newer releases hold them until the copy is done.
+    offloads_outputs : bool
+        Whether blocks of generated tokens are copied there too, under asynchronous scheduling.
     samplers : tuple of SamplerPath
         By the number of requests, most first.
     captures_token_budget, captures_most_requests : bool
@@ -100,6 +101,7 @@ class VllmRelease:
     gpu_memory_utilization: float
     default_limits: tuple[DefaultLimits, ...]
     holds_offloaded_blocks: bool
+    offloads_outputs: bool = False
     samplers: tuple[SamplerPath, ...]
     captures_token_budget: bool
     captures_most_requests: bool = False
@@ -148,6 +150,7 @@ RELEASES = (
         gpu_memory_utilization=0.90,
         default_limits=(_LARGE, _SMALL),
         holds_offloaded_blocks=True,
+        offloads_outputs=True,
         samplers=(_TRITON_FROM_8, _SORT),
         captures_token_budget=False,
         drops_groups_with_connector=True,

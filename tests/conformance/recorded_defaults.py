@@ -1,4 +1,4 @@
-"""Defaults that each release of vLLM chose by its own code, as ``tools/record_vllm_defaults.py`` recorded them."""
+"""What each release of vLLM chose by its own code (``tools/record_vllm_defaults.py``), and what its offloading did."""
 
 import functools
 import json
@@ -18,3 +18,9 @@ def recorded_defaults(version: str) -> dict[str, Any]:
 def limits_of_api_servers(version: str) -> list[dict[str, Any]]:
     """Limits of an API server on each recorded GPU."""
     return [row for row in recorded_defaults(version)["limits"] if row["usage"] == "api_server"]
+
+
+@functools.cache
+def recorded_offloading(version: str) -> dict[str, Any]:
+    """What a release did with KV offloading, with (``async``) and without (``sync``) asynchronous scheduling."""
+    return json.loads((Path(__file__).parent / "offloading" / f"{version}.json").read_text(encoding="utf-8"))

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from recorded_defaults import ABSENT, limits_of_api_servers, recorded_defaults
+from recorded_defaults import ABSENT, limits_of_api_servers, recorded_defaults, recorded_offloading
 
 from stepcal.errors import InputError, NotModelledError
 from stepcal.simulator import CompiledStepTime, ServerConfig, make_requests, simulate
@@ -81,6 +81,36 @@ def test_the_sampler_is_the_one_that_the_release_called(release: VllmRelease) ->
         elif row["kernels"] != ["PyTorch top-k"]:  # 0.15.1 sorts less for top-k alone
             path = next(p for p in release.samplers if row["requests"] >= p.from_requests)
             assert row["kernels"] == [names[path.kernel]], row
+
+
+@pytest.mark.parametrize("release", RELEASES, ids=lambda release: release.version)
+def test_the_offload_pool_is_the_one_that_the_release_had(release: VllmRelease) -> None:
+    """A running request filled the pool; another one's blocks wait for its end, or for the end of a copy."""
+    recorded = recorded_offloading(release.version)
+    assert recorded["vllm_version"] == release.version
+    for kind in ("sync", "async"):
+        for name, copy_steps in (("refused", 1), ("refused_slow", 20)):
+            refused, end_of_copy = recorded[kind][name], 0 + copy_steps + 1
+            if release.holds_offloaded_blocks:
+                assert refused["last_refused"] > refused["first_ends"]
+            else:
+                assert (refused["last_refused"] or 0) <= end_of_copy < refused["first_ends"]
+    stored = recorded["async"]["stored"]
+    n_stored = sum(stored["blocks_by_call"].values())
+    assert n_stored == (stored["full_blocks"] if release.offloads_outputs else stored["prompt_blocks"])
+
+
+@pytest.mark.parametrize("release", RELEASES, ids=lambda release: release.version)
+def test_a_load_from_the_pool_takes_a_prompt_and_holds_up_nobody_else(release: VllmRelease) -> None:
+    """What the simulator leaves out, as recorded: four blocks come back, the request waits, and one beside it runs on."""
+    for kind in ("sync", "async"):
+        recorded = recorded_offloading(release.version)[kind]
+        _, _, n_computed, n_loaded, _ = recorded["loaded"]["found"][0]
+        assert (n_computed, n_loaded) == (0, 64)
+        assert [tokens for _, tokens in recorded["loaded"]["of_request"]][-4:] == [1, 1, 1, 1]
+        waits = [call for call, tokens in recorded["waiting"]["of_request"] if tokens == "load"]
+        assert len(waits) >= 5
+        assert set(waits) <= {call for call, _ in recorded["waiting"]["beside"]}
 
 
 @pytest.mark.parametrize(("version", "is_slower"), [("0.15.1", True), ("0.19.0", True), ("0.24.0", False)])

@@ -20,7 +20,8 @@ from stepcal.reconstruction.timeline import DECODING, PREFILLING, WAITING, Timel
 from stepcal.specs.architecture import load_architecture
 from stepcal.specs.kv_offloading import offload_blocks, rejected_requests
 from stepcal.studies.diagnosis.offload_pool import N_DRAWS, N_PIECES, architecture_of, fit_pool, with_held_blocks
-from stepcal.studies.published_runs import STUDY_OFFLOAD_GIB
+from stepcal.studies.diagnosis.pool_hits import pool_hits
+from stepcal.studies.published_runs import STUDY_OFFLOAD_GIB, load_experiments
 from stepcal.studies.results.records import read_recorded
 from stepcal.units import PERCENT, FloatArray
 
@@ -64,7 +65,8 @@ def run_offloading(
     Returns
     -------
     tables : dict
-        ``by_held``, ``pool_fit``, ``pool_profile``, ``slopes``, ``labels``, ``late``; see the functions of this module.
+        ``by_held``, ``pool_fit``, ``pool_profile``, ``slopes``, ``labels``, ``late``, ``pool_hits``; see the functions of
+        this module and of `pool_hits`.
     texts : dict
         Empty.
     """
@@ -78,6 +80,7 @@ def run_offloading(
         "slopes": interval_slopes(steps, gib=pool_gib),
         "labels": predicted_labels(predictions, requests, experiments, timing, gib=pool_gib),
         "late": late_intervals(predictions, requests, experiments),
+        "pool_hits": pool_hits(load_experiments()),
     }, {}
 
 
