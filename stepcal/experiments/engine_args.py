@@ -231,9 +231,9 @@ def server_of(
     notes += of_blocks
     offloads = bool(settings.values.get(OFFLOAD_KEY, kv_offloading_gib))
     is_off = bool(settings.values.get(HYBRID_KEY, offloads and release.drops_groups_with_connector))
-    windows = architecture.windows_within(limits["max_model_len"])
+    windows = architecture.windows
     windows = None if windows is None else windows.in_cache(is_hybrid_cache_off=is_off)
-    cache = KvCache(architecture, windows, tensor_parallel, block_size, kv_precision)
+    cache = KvCache(architecture, windows, tensor_parallel, block_size, kv_precision, version)
     offload, more = _offload_blocks(settings, cache, kv_offloading_gib)
     notes += more
     arguments = (n for n in (*SWITCHES, *NOT_MODELLED) if n != OFFLOAD_KEY)

@@ -191,6 +191,12 @@ class ServerConfig:
                 "`kv_groups` is not in vLLM's order: groups of layers that are alike stand side by side, and layers "
                 "that are all alike are one group. `stepcal.specs.layer_windows` makes the groups of a model."
             )
+        is_on = self.disable_hybrid_kv_cache_manager is False
+        if is_on and self.offload_blocks > 0 and self.release.drops_groups_with_connector:
+            raise InputError(
+                f"`disable_hybrid_kv_cache_manager` is False with KV offloading, and vLLM {self.vllm_version} refuses to start: "
+                "its connector does not support the hybrid KV cache manager. Leave it out, or set it to True."
+            )
         if not self.is_hybrid_cache_off:
             return
         windows = {kind for kind in kinds if kind[0] != "full"}
@@ -212,7 +218,12 @@ class ServerConfig:
     @property
     def groups(self) -> tuple[KvGroup, ...]:
         """Groups of layers in which KV blocks are kept; those of `kv_groups`, unless the hybrid KV cache is off."""
-        if self.is_hybrid_cache_off and any(group.kind == "full" for group in self.kv_groups):
+        has_full = any(group.kind == "full" for group in self.kv_groups)
+        window = self.kv_groups[0].window
+        # One window that no context exceeds loses nothing, unless not all of it stays findable.
+        finds_all = not (self.enable_prefix_caching and self.release.keeps_windows_where_prompts_end)
+        never_slides = len(self.kv_groups) == 1 and window >= self.max_model_len and finds_all
+        if (self.is_hybrid_cache_off and has_full) or never_slides:
             return (KvGroup(layers=sum(group.layers for group in self.kv_groups)),)
         return self.kv_groups
 

@@ -193,6 +193,7 @@ class EngineRun:
             max_jump=max_jump,
             asks=self.asks,
             counts_calls=count_calls,
+            reads_windows=bool(self.times.window_kv_us or self.times.prefill_window_kv_us or self.times.window_pair_us),
         )
         prefixes = prefixes_of(requests, server)
         us_per_unit = 1.0 if count_calls else US_PER_S

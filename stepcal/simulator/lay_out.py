@@ -26,6 +26,7 @@ def limits_of(
     max_jump: int | None,
     asks: bool,
     counts_calls: bool,
+    reads_windows: bool,
 ) -> Limits:
     """Limits and modes of a run as plain numbers."""
     return Limits(
@@ -38,7 +39,7 @@ def limits_of(
         needs_duration=int(asks),
         has_caching=int(server.enable_prefix_caching),
         has_groups=int(server.has_groups),
-        has_windows=int(server.window_share > 0.0),
+        has_windows=int(reads_windows and server.window_share > 0.0),
         visits_each=int(server.visits_each_request),
         by_priority=int(server.scheduling_policy == "priority"),
         long_prefill_token_threshold=server.long_prefill_token_threshold,

@@ -166,7 +166,7 @@ class ModelArchitecture:
         return self.weight_widths or WeightWidths()
 
     def windows_within(self, max_model_len: int | None) -> LayerWindows | None:
-        """Return the windows that slide on a server of some context limit: a window at least that long never does."""
+        """Return the windows that slide on a server of some context limit: one at least that long never does."""
         windows = self.windows
         return None if windows is None or windows.window >= (max_model_len or MOST_WINDOW) else windows
 
@@ -271,7 +271,8 @@ class ModelArchitecture:
         name : str, optional
             Defaults to `_name_or_path` in the file, else the file's or its folder's name.
         max_model_len : int, optional
-            The server's context limit. A window at least this long never slides, and is left out.
+            The server's context limit. A window at least this long never slides, so it does not matter which
+            layers have it.
 
         Returns
         -------
@@ -317,7 +318,8 @@ def resolve_architecture(name_or_path: str, *, max_model_len: int | None = None)
     """Return a shipped architecture by name, or read the ``config.json`` at a path.
 
     A file with the dimensions of a shipped model is that model, whatever it is called: fitted families go by its name.
-    A window at least as long as `max_model_len`, the server's context limit, never slides, and is left out.
+    A window at least as long as `max_model_len`, the server's context limit, never slides, so it does not matter which
+    layers have it.
     """
     if not (name_or_path.endswith(".json") or Path(name_or_path).is_file()):
         return load_architecture(name_or_path)

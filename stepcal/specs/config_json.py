@@ -56,7 +56,8 @@ def read_fields(config: Mapping[str, Any], origin: str, max_model_len: int | Non
     origin : str
         What errors call the file.
     max_model_len : int, optional
-        The server's context limit. A window at least this long never slides, and is accepted.
+        The server's context limit. A window at least this long never slides, so it does not matter which
+        layers have it.
 
     Raises
     ------

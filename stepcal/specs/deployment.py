@@ -7,6 +7,7 @@ from typing import Any
 
 from stepcal.errors import InputError
 from stepcal.simulator.config import KvGroup, ServerConfig
+from stepcal.simulator.versions import NEWEST
 from stepcal.specs.architecture import ModelArchitecture
 from stepcal.specs.hardware import Accelerator
 from stepcal.specs.kv_cache import AUTO, DEFAULT_BLOCK_SIZE, KvCache, kv_bytes_per_token, kv_precision_of
@@ -82,9 +83,9 @@ class Deployment:
     def __post_init__(self) -> None:
         self.architecture.check_tensor_parallel(self.tensor_parallel)
         kv_precision_of(self.kv_cache_dtype, self.architecture)
-        windows, server = self.windows, self.server
+        windows, server = self.architecture.windows, self.server
         if windows is not None and server is not None and server.kv_groups == (KvGroup(),):
-            object.__setattr__(self, "server", replace(server, kv_groups=windows.kv_groups()))
+            object.__setattr__(self, "server", replace(server, kv_groups=windows.kv_groups(server.vllm_version)))
 
     @property
     def windows(self) -> LayerWindows | None:
@@ -128,10 +129,12 @@ class Deployment:
     @property
     def kv_cache(self) -> KvCache:
         """The KV cache: bytes of its blocks."""
-        windows, server = self.windows, self.server
-        if windows is not None and server is not None:
-            windows = windows.in_cache(is_hybrid_cache_off=server.is_hybrid_cache_off)
-        return KvCache(self.architecture, windows, self.tensor_parallel, self.block_size, self.kv_precision)
+        windows, version = self.architecture.windows, NEWEST
+        if self.server is not None:
+            version = self.server.vllm_version
+            if windows is not None:
+                windows = windows.in_cache(is_hybrid_cache_off=self.server.is_hybrid_cache_off)
+        return KvCache(self.architecture, windows, self.tensor_parallel, self.block_size, self.kv_precision, version)
 
     @property
     def block_size(self) -> int:
@@ -151,6 +154,6 @@ class Deployment:
         InputError
             If it names no server, or a limit is out of bounds.
         """
-        if self.windows is not None:
+        if self.architecture.windows is not None:
             changes = {"kv_groups": (KvGroup(),), **changes}
         return replace(self, server=replace(self.limits, **changes))

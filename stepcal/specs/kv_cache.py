@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from stepcal.errors import NotModelledError, shown
-from stepcal.simulator.versions import release_of
+from stepcal.simulator.versions import NEWEST, release_of
 from stepcal.specs.architecture import ModelArchitecture
 from stepcal.specs.hardware import Accelerator
 from stepcal.specs.layer_windows import LayerWindows
@@ -123,11 +123,13 @@ class KvCache:
     ----------
     architecture : ModelArchitecture
     windows : LayerWindows, optional
-        Those that slide. A block then holds the layers of one group, not all.
+        Layers with a window. A block then holds the layers of one group, not all.
     tensor_parallel, block_size : int
         Ranks, and tokens of a block.
     kv_precision : {"bf16", "fp8"}, optional
         As in `kv_bytes_per_token`.
+    vllm_version : str
+        Release that makes the groups.
 
     Examples
     --------
@@ -141,11 +143,13 @@ class KvCache:
     tensor_parallel: int = 1
     block_size: int = DEFAULT_BLOCK_SIZE
     kv_precision: str | None = None
+    vllm_version: str = NEWEST
 
     @property
     def block_bytes(self) -> float:
         """Bytes of a block on a rank: what vLLM divides the memory for KV by."""
-        layers = self.architecture.num_layers if self.windows is None else self.windows.layers_per_block
+        windows = self.windows
+        layers = self.architecture.num_layers if windows is None else windows.layers_per_block(self.vllm_version)
         a_token = kv_bytes_per_token(
             self.architecture, tensor_parallel=self.tensor_parallel, kv_precision=self.kv_precision
         )

@@ -1,24 +1,24 @@
 """Which layers of a model read a window only, and the groups in which vLLM keeps their KV.
 
-vLLM's hybrid KV cache puts as many layers into each group as the kind of attention with the fewest layers has, or the
-other kind where that has less than half as many more (``get_kv_cache_groups``, 0.33.0): a block holds the tokens of one
-group's layers, so blocks of all groups have one size.
+vLLM's hybrid KV cache puts as many layers into each group as the kind of attention with the fewest layers has, or the most
+where that is not many more (``get_kv_cache_groups``; how many depends on the release): a block holds the tokens of one
+group's layers, so blocks of all groups have one size. A window that is longer than any context has groups all the same.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from stepcal.errors import InputError, NotModelledError, shown
+from stepcal.simulator.versions import NEWEST, release_of
 from stepcal.specs.config_values import ConfigValues
 from stepcal.specs.model_type import ModelType
 
 if TYPE_CHECKING:
     from stepcal.simulator.config import KvGroup
 
-MOST_UNEVEN = 1.5
-"""Below this quotient of layers, groups take the larger number and the smaller kind is padded (vLLM's heuristic)."""
 MOST_WINDOW = 100_000_000
 """Bound far above any model."""
 FULL_ATTENTION = frozenset({"full_attention", "global", "attention"})
@@ -29,6 +29,54 @@ FULL_EVERY = {"gemma2": 2, "gemma3_text": 6, "gpt_oss": 2, "cohere2": 4, "olmo3"
 """Every so-manieth layer has full attention where the file does not say (transformers' classes)."""
 NO_CHUNK_EVERY = 4
 """The same for Llama 4, whose layers without rotary positions are those without chunks."""
+
+
+class LayerKind(NamedTuple):
+    """Layers of a model that are alike: `kind` and tokens of the `window` as in `KvGroup`, and how many `layers`."""
+
+    kind: str
+    window: int
+    layers: int
+
+
+def layers_per_block(kinds: Sequence[LayerKind], vllm_version: str = NEWEST) -> int:
+    """Return how many layers' keys and values one block holds, padding included.
+
+    Parameters
+    ----------
+    kinds : sequence of LayerKind
+        In the order in which the model's layers first are of each.
+    vllm_version : str
+        Release that serves the model.
+    """
+    fewest, most = min(kind.layers for kind in kinds), max(kind.layers for kind in kinds)
+    return most if most < release_of(vllm_version).most_uneven_layers * fewest else fewest
+
+
+def group_layers(kinds: Sequence[LayerKind], vllm_version: str = NEWEST) -> tuple[KvGroup, ...]:
+    """Return the groups that vLLM makes of a model's layers, in its order; windows can be of several kinds and sizes.
+
+    Parameters
+    ----------
+    kinds : sequence of LayerKind
+        In the order in which the model's layers first are of each.
+    vllm_version : str
+        Release that serves the model.
+
+    Examples
+    --------
+    >>> layers = [LayerKind("sliding", 1024, 5), LayerKind("full", 0, 4)]
+    >>> [[group.layers for group in group_layers(layers, version)] for version in ("0.15.1", "0.33.0")]
+    [[3, 2, 4], [5, 4]]
+    """
+    from stepcal.simulator.config import KvGroup
+
+    size = layers_per_block(kinds, vllm_version)
+    groups: list[KvGroup] = []
+    for kind, window, layers in kinds:
+        n = -(-layers // size)
+        groups += (KvGroup(kind, window, layers=len(range(i, layers, n))) for i in range(n))
+    return tuple(groups)
 
 
 @dataclass(frozen=True)
@@ -62,14 +110,18 @@ class LayerWindows:
         return None if is_hybrid_cache_off and self.n_full else self
 
     @property
-    def layers_per_block(self) -> int:
-        """Layers whose keys and values one block holds, padding included."""
+    def kinds(self) -> tuple[LayerKind, ...]:
+        """The layers of each kind, in the model's order."""
+        windowed, full = LayerKind(self.kind, self.window, self.n_windowed), LayerKind("full", 0, self.n_full)
         if self.n_full == 0:
-            return self.n_windowed
-        fewest, most = sorted((self.n_windowed, self.n_full))
-        return most if most < MOST_UNEVEN * fewest else fewest
+            return (windowed,)
+        return (windowed, full) if self.is_windowed_first else (full, windowed)
 
-    def kv_groups(self) -> tuple[KvGroup, ...]:
+    def layers_per_block(self, vllm_version: str = NEWEST) -> int:
+        """Layers whose keys and values one block holds, padding included."""
+        return layers_per_block(self.kinds, vllm_version)
+
+    def kv_groups(self, vllm_version: str = NEWEST) -> tuple[KvGroup, ...]:
         """The groups of vLLM's KV cache, in its order.
 
         Examples
@@ -77,16 +129,7 @@ class LayerWindows:
         >>> [group.kind for group in LayerWindows("sliding", 1024, n_windowed=52, n_full=10).kv_groups()].count("sliding")
         6
         """
-        windowed = _groups(self.kind, self.window, self.n_windowed, self.layers_per_block)
-        full = _groups("full", 0, self.n_full, self.layers_per_block)
-        return windowed + full if self.is_windowed_first else full + windowed
-
-
-def _groups(kind: str, window: int, n_layers: int, size: int) -> tuple[KvGroup, ...]:
-    from stepcal.simulator.config import KvGroup
-
-    n = -(-n_layers // size)
-    return tuple(KvGroup(kind, window, layers=len(range(i, n_layers, n))) for i in range(n))
+        return group_layers(self.kinds, vllm_version)
 
 
 def read_windows(
@@ -101,7 +144,8 @@ def read_windows(
     values : ConfigValues
     layers : int
     longest : int
-        The server's context limit, or else the model's: a window at least this long never slides.
+        The server's context limit, or else the model's: a window at least this long never slides, so it does not matter
+        if the file does not say which layers have it.
 
     Raises
     ------
@@ -120,16 +164,20 @@ def read_windows(
         raise InputError(f"{values.origin}: `layer_types` names {len(types)} layers, but the model has {layers}.")
     slides = bool(WINDOWED_ATTENTION & set(types)) if types else values.flag("use_sliding_window", True)
     depth = values.optional_whole("max_window_layers", least=0, most=layers * MOST_WINDOW)
-    if not types and depth is not None and depth >= layers and "use_sliding_window" in kind.defaults:
-        slides = False  # Qwen's windows begin above this layer
+    begins_at = depth if not types and "use_sliding_window" in kind.defaults else None  # as Qwen's windows do
+    if begins_at is not None and begins_at >= layers:
+        slides = False
     is_switched_off = bool(types) and not values.flag("use_sliding_window", True)
     found = {}
     for name, key in WINDOW_KEYS.items():
         window = values.optional_whole(key, least=-1, most=MOST_WINDOW)
-        if window is not None and 0 < window < longest and slides:
+        if window is not None and window > 0 and slides:
             found[name] = window
     placed = {name: _layers_with(name, kind, type_name, values, layers, types) for name in found}
+    if begins_at == 0 and "sliding" in found:
+        placed["sliding"] = [True] * layers  # from another layer on, vLLM refuses it
     placed = {name: None if is_switched_off else which for name, which in placed.items() if which != [False] * layers}
+    placed = {name: which for name, which in placed.items() if which is not None or found[name] < longest}
     if not placed:
         return None
     name, which = next(iter(placed.items()))

@@ -99,6 +99,11 @@ def test_bad_groups_are_refused(arguments: dict, error: type[Exception], message
             "vLLM refuses",
         ),
         (
+            {"offload_blocks": 9, "vllm_version": "0.15.1", "disable_hybrid_kv_cache_manager": False},
+            InputError,
+            "refuses to start",
+        ),
+        (
             {"kv_groups": (KvGroup("sliding", 64), KvGroup("chunked", 32)), "disable_hybrid_kv_cache_manager": True},
             InputError,
             "vLLM refuses",

@@ -129,16 +129,17 @@ def test_whether_embeddings_are_tied_depends_on_the_type(name, tied):
     assert read(model_type=name, tie_word_embeddings=not tied).tie_word_embeddings is not tied
 
 
-def test_a_window_is_accepted_up_to_its_length():
+def test_a_window_of_layers_that_are_not_named_is_accepted_up_to_its_length():
     config = {**BASE, "model_type": "mistral", "sliding_window": 4096}
     windows = ModelArchitecture.from_config(config).windows
     assert windows is not None
     assert (windows.window, windows.n_full) == (4096, 0)
-    assert ModelArchitecture.from_config(config, max_model_len=4096).windows is None
+    assert ModelArchitecture.from_config(config).windows_within(4096) is None
     silent = {**BASE, "model_type": "mistral"}
     assert ModelArchitecture.from_config(silent).windows == windows  # the default of the type
     with pytest.raises(NotModelledError, match="`max_model_len` <= 4096 never slides"):
         ModelArchitecture.from_config({**config, "model_type": "llama"})
+    assert ModelArchitecture.from_config({**config, "model_type": "llama"}, max_model_len=4096).windows is None
 
 
 @pytest.mark.parametrize("dtype", ["float32", "torch.float32", None])
