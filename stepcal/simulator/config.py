@@ -194,8 +194,8 @@ class ServerConfig:
         is_on = self.disable_hybrid_kv_cache_manager is False
         if is_on and self.offload_blocks > 0 and self.release.drops_groups_with_connector:
             raise InputError(
-                f"`disable_hybrid_kv_cache_manager` is False with KV offloading, and vLLM {self.vllm_version} refuses to start: "
-                "its connector does not support the hybrid KV cache manager. Leave it out, or set it to True."
+                f"`disable_hybrid_kv_cache_manager` is False with KV offloading, and vLLM {self.vllm_version} refuses to "
+                "start: its connector does not support the hybrid KV cache manager. Leave it out, or set it to True."
             )
         if not self.is_hybrid_cache_off:
             return
