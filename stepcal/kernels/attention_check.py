@@ -1,7 +1,7 @@
 """Attention that no constant was fitted to: other widths of heads, and windows, in the tables beside what is said of them.
 
-Constants come from heads of 128 elements that read everything. What they say of the rows with other widths, and of those in
-which a layer reads a window only, is a test of the form: nothing here is fitted.
+Constants come from heads of 128 elements that read everything, and for prefill of some other widths. What they say of the
+other rows, and of those in which a layer reads a window only, is a test of the form: nothing here is fitted.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from stepcal.kernels.forms import (
     FLOPS_PER_MAC,
     PRECISIONS,
     PREFILL_ATTENTION,
+    PREFILL_OF_WIDTH,
     KernelConstants,
 )
 from stepcal.kernels.tables import KernelTables
@@ -55,8 +56,12 @@ def attention_checks(
     ):
         known = table[(table["precision"] == PRECISION) & (table["batch_size"] <= LARGEST_BATCH)]
         for head_dim, window in NOT_FITTED:
+            by_width = own.get(PREFILL_OF_WIDTH.get(head_dim, "")) if kernel == PREFILL_ATTENTION else None
+            if by_width is not None and not window:
+                continue  # fitted
             chosen = known[(known["head_dim"] == head_dim) & (known["window_size"] == window)]
-            errors = np.log(predict_us(own[kernel], accelerator, chosen) / chosen["latency_us"].to_numpy(dtype=float))
+            predicted = predict_us(by_width or own[kernel], accelerator, chosen)
+            errors = np.log(predicted / chosen["latency_us"].to_numpy(dtype=float))
             shortest = SHORTEST_CONTEXT if kernel == DECODE_ATTENTION else SHORTEST_PROMPT
             errors = errors[(chosen["context" if kernel == DECODE_ATTENTION else "isl"] >= shortest).to_numpy()]
             if errors.size >= FEWEST_ROWS:

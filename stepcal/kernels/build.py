@@ -21,8 +21,8 @@ from stepcal.errors import InputError
 from stepcal.files import write_atomically
 from stepcal.kernels.attention_check import attention_checks
 from stepcal.kernels.constants import ADDED_FILE, ALL_REDUCE_FILE, ANY, CHECKS_FILE, KERNELS_FILE, NUMBERS
-from stepcal.kernels.fit import L2_BYTES, FittedKernel, fit_experts, fit_gpu
-from stepcal.kernels.forms import BYTES_PER_ACTIVATION, ELEMENTWISE, GEMM, KernelConstants
+from stepcal.kernels.fit import L2_BYTES, FittedKernel, fit_experts, fit_gpu, fit_prefill_attention
+from stepcal.kernels.forms import BYTES_PER_ACTIVATION, ELEMENTWISE, GEMM, PREFILL_OF_WIDTH, KernelConstants
 from stepcal.kernels.mla_fit import fit_mla
 from stepcal.kernels.silicon import MODELS, config_of, silicon_rows
 from stepcal.kernels.tables import LATER_DTYPES, WHEEL, KernelTables, open_wheel
@@ -78,7 +78,9 @@ def build(wheel: Path, out: Path) -> list[Path]:
     written = {
         KERNELS_FILE: _table(fitted),
         ADDED_FILE: _table(added),
-        CHECKS_FILE: pd.concat([attention_checks(name, tables[name], gpu, fitted[name]) for name, gpu in gpus.items()]),
+        CHECKS_FILE: pd.concat(
+            [attention_checks(name, tables[name], gpu, [*fitted[name], *added[name]]) for name, gpu in gpus.items()]
+        ),
         ALL_REDUCE_FILE: link_table,
         SAMPLE_FILE: pd.concat([_sample(name, kernel) for name, own in kernels.items() for kernel in own]),
         DATASHEET_FILE: pd.concat([compare_datasheet(gpus[name], tables[name]) for name in gpus]),
@@ -96,7 +98,7 @@ def build(wheel: Path, out: Path) -> list[Path]:
 def fit_added(
     gpu: str, tables: KernelTables, accelerator: Accelerator, fitted: list[KernelConstants]
 ) -> list[KernelConstants]:
-    """Fit the kernels that came after `KERNELS_FILE` was frozen: experts in MXFP4, and latent attention.
+    """Fit the kernels that came after `KERNELS_FILE` was frozen: experts in MXFP4, latent attention, prefill by head width.
 
     Parameters
     ----------
@@ -113,6 +115,14 @@ def fit_added(
         basis = f"moe, vLLM {tables.version('moe')}"
         one = fit_experts(own, accelerator, precision, L2_BYTES[gpu], basis=basis)
         found += [] if one is None else [one]
+    prefill, basis = tables.prefill_attention(), f"attention, vLLM {tables.version('attention')}"
+    for precision in prefill["precision"].unique():
+        own = prefill[prefill["precision"] == precision]
+        fits = (
+            fit_prefill_attention(own, accelerator, precision, head_dim=width, basis=basis)
+            for width in PREFILL_OF_WIDTH
+        )
+        found += [fitted for fitted in fits if fitted is not None]
     return [kernel.constants for kernel in found]
 
 

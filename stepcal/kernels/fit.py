@@ -24,6 +24,7 @@ from stepcal.kernels.forms import (
     MATRICES_OF_AN_EXPERT,
     PRECISIONS,
     PREFILL_ATTENTION,
+    PREFILL_OF_WIDTH,
     KernelConstants,
 )
 from stepcal.kernels.tables import KernelTables
@@ -189,17 +190,18 @@ def fit_decode_attention(
 
 
 def fit_prefill_attention(
-    table: pd.DataFrame, accelerator: Accelerator, precision: str, *, basis: str = ""
+    table: pd.DataFrame, accelerator: Accelerator, precision: str, *, head_dim: int = HEAD_DIM, basis: str = ""
 ) -> FittedKernel | None:
     """Fit prefill attention: what goes in and out, and causal pairs over the peak in BF16, whatever the cache is kept in."""
-    own = table[table["head_dim"] == HEAD_DIM]
+    own = table[table["head_dim"] == head_dim]
     batch, length, heads = (own[c].to_numpy(dtype=float) for c in ("batch_size", "isl", "num_heads"))
     pairs = batch * length * (length + 1) / 2
-    compute = 2 * FLOPS_PER_MAC * pairs * heads * HEAD_DIM * US_PER_S / accelerator.bf16_dense_flops
-    moved = batch * length * 2 * (heads + own["num_key_value_heads"].to_numpy(dtype=float)) * HEAD_DIM
+    compute = 2 * FLOPS_PER_MAC * pairs * heads * head_dim * US_PER_S / accelerator.bf16_dense_flops
+    moved = batch * length * 2 * (heads + own["num_key_value_heads"].to_numpy(dtype=float)) * head_dim
     memory = moved * BYTES_PER_ACTIVATION * US_PER_S / accelerator.hbm_bandwidth
     free = ["floor_us", "bandwidth_share", "compute_share"]
-    start = KernelConstants(PREFILL_ATTENTION, precision, basis=basis, **dict[str, Any](starts(free)))
+    kernel = PREFILL_OF_WIDTH.get(head_dim, PREFILL_ATTENTION)
+    start = KernelConstants(kernel, precision, basis=basis, **dict[str, Any](starts(free)))
     measured = own["latency_us"].to_numpy(dtype=float)
     return fit_constants(start, free, measured, length >= SHORTEST_PROMPT, lambda c: c.time_us(memory, compute))
 

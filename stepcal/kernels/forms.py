@@ -18,7 +18,11 @@ from stepcal.units import US_PER_S, FloatArray
 GEMM, EXPERTS, ELEMENTWISE = "gemm", "experts", "elementwise"
 DECODE_ATTENTION, PREFILL_ATTENTION = "decode_attention", "prefill_attention"
 MLA_DECODE, MLA_PREFILL = "mla_decode", "mla_prefill"
-KERNELS = (GEMM, EXPERTS, DECODE_ATTENTION, PREFILL_ATTENTION, ELEMENTWISE, MLA_DECODE, MLA_PREFILL)
+PREFILL_OF_WIDTH = {64: "prefill_attention_64", 256: "prefill_attention_256"}
+"""Prefill of heads that are not 128 elements wide: they reach another share of the peak."""
+KERNELS = (
+    GEMM, EXPERTS, DECODE_ATTENTION, PREFILL_ATTENTION, ELEMENTWISE, MLA_DECODE, MLA_PREFILL, *PREFILL_OF_WIDTH.values(),
+)  # fmt: skip
 PRECISIONS = {"bf16": 2.0, "fp8": 1.0, "fp8_block": 1.0, "int8": 1.0, "int4": 0.5, "nvfp4": 0.5625, "mxfp4": 0.53125}
 """Bytes of a stored weight, scales included where they are not negligible (one byte for 16 in nvfp4, for 32 in mxfp4)."""
 BYTES_PER_ACTIVATION = 2.0

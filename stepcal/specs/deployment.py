@@ -58,7 +58,15 @@ class Deployment:
     kv_cache_dtype: str = AUTO
 
     @classmethod
-    def of(cls, architecture: str, accelerator: str, *, tensor_parallel: int = 1, **limits: Any) -> Deployment:
+    def of(
+        cls,
+        architecture: str,
+        accelerator: str,
+        *,
+        tensor_parallel: int = 1,
+        kv_cache_dtype: str = AUTO,
+        **limits: Any,
+    ) -> Deployment:
         """Return the deployment of a model on a GPU, both by name.
 
         Parameters
@@ -68,6 +76,7 @@ class Deployment:
         accelerator : str
             GPU.
         tensor_parallel : int
+        kv_cache_dtype : str
         **limits
             Of the server, as `stepcal.simulator.ServerConfig` takes them: `kv_blocks` and others. Without any, the
             deployment names no server.
@@ -78,7 +87,8 @@ class Deployment:
             If a name is unknown, or a limit is unknown or out of bounds.
         """
         server = ServerConfig.from_vllm_arguments(limits) if limits else None
-        return cls(ModelArchitecture.load(architecture), Accelerator.load(accelerator), tensor_parallel, server)
+        model, gpu = ModelArchitecture.load(architecture), Accelerator.load(accelerator)
+        return cls(model, gpu, tensor_parallel, server, kv_cache_dtype=kv_cache_dtype)
 
     def __post_init__(self) -> None:
         self.architecture.check_tensor_parallel(self.tensor_parallel)

@@ -19,6 +19,7 @@ from stepcal.kernels.forms import (
     MLA_PREFILL,
     PRECISIONS,
     PREFILL_ATTENTION,
+    PREFILL_OF_WIDTH,
 )
 from stepcal.specs.deployment import Deployment
 from stepcal.specs.latent_attention import LatentAttention
@@ -56,12 +57,14 @@ class AttentionCosts:
     pair_us: float
 
 
-def attention_kernels(deployment: Deployment) -> list[tuple[str, str]]:
-    """Return the kernels and precisions that a deployment's attention takes."""
-    names = (DECODE_ATTENTION, PREFILL_ATTENTION)
-    if deployment.architecture.latent is not None:
-        names = (MLA_DECODE, MLA_PREFILL)
-    return [(name, deployment.kv_precision) for name in names]
+def attention_kernels(deployment: Deployment, kernels: GpuKernels) -> list[tuple[str, str]]:
+    """Return the kernels and precisions that a deployment's attention takes: of its heads' width where the GPU has one."""
+    a, precision = deployment.architecture, deployment.kv_precision
+    if a.latent is not None:
+        return [(MLA_DECODE, precision), (MLA_PREFILL, precision)]
+    own = PREFILL_OF_WIDTH.get(a.head_dim, PREFILL_ATTENTION)
+    is_known = (own, precision) in kernels.constants
+    return [(DECODE_ATTENTION, precision), (own if is_known else PREFILL_ATTENTION, precision)]
 
 
 def attention_costs(deployment: Deployment, kernels: GpuKernels) -> AttentionCosts:
@@ -82,7 +85,7 @@ def attention_costs(deployment: Deployment, kernels: GpuKernels) -> AttentionCos
 
 def _of_heads(deployment: Deployment, kernels: GpuKernels) -> AttentionCosts:
     a, tp, accelerator = deployment.architecture, deployment.tensor_parallel, deployment.accelerator
-    decode, prefill = (kernels.of(*kernel) for kernel in attention_kernels(deployment))
+    decode, prefill = (kernels.of(*kernel) for kernel in attention_kernels(deployment, kernels))
     kv_heads, heads = max(a.num_kv_heads / tp, 1.0), a.num_attention_heads / tp
     a_byte = US_PER_S / accelerator.hbm_bandwidth
     kv_bytes = 2.0 * kv_heads * a.head_dim * PRECISIONS[deployment.kv_precision]
@@ -105,7 +108,7 @@ def _of_latents(latent: LatentAttention, deployment: Deployment, kernels: GpuKer
     A prompt widens what it reads of its own context. What it computes in this step is widened by its products already.
     """
     a, accelerator = deployment.architecture, deployment.accelerator
-    decode, prefill = (kernels.of(*kernel) for kernel in attention_kernels(deployment))
+    decode, prefill = (kernels.of(*kernel) for kernel in attention_kernels(deployment, kernels))
     heads = a.num_attention_heads / deployment.tensor_parallel
     a_byte, a_flop = US_PER_S / accelerator.hbm_bandwidth, US_PER_S / accelerator.bf16_dense_flops
     memory = latent.latent_width * PRECISIONS[deployment.kv_precision] * a_byte
@@ -154,7 +157,7 @@ def _biases(deployment: Deployment) -> list[str]:
     kinds = {0} if windows is None else {windows.window, *({0} if windows.n_full else ())}
     notes = []
     for window in sorted(kinds):
-        for kernel, _ in attention_kernels(deployment):
+        for kernel in (DECODE_ATTENTION, PREFILL_ATTENTION):
             bias = attention_bias(gpu, kernel, head_dim=a.head_dim, window=window)
             if bias is not None and abs(bias) > NOTED_BIAS:
                 of = f"a window of {window} tokens" if window else "the whole context"

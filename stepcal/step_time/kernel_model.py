@@ -225,13 +225,14 @@ def kernel_components_us(
 def kernel_notes(deployment: Deployment) -> list[str]:
     """Return a sentence for each kernel of a deployment that was not measured, with the error to expect if known."""
     a = deployment.architecture
-    used = {(GEMM, HEAD_PRECISION), *attention_kernels(deployment)}
+    own = load_kernels(deployment.accelerator)
+    used = {(GEMM, HEAD_PRECISION), *attention_kernels(deployment, own)}
     used |= {(GEMM, precision) for precision, _ in _group(a.widths.attention, a.weight_dtype)}
     used |= {(GEMM, precision) for precision, _ in _group(a.widths.mlp, a.weight_dtype)}
     if a.num_moe_layers:
         used |= {(EXPERTS, precision) for precision, _ in _group(a.widths.experts, a.weight_dtype)}
     sampler = sampler_note(deployment)
-    notes = load_kernels(deployment.accelerator).notes(sorted(used), ranks=deployment.tensor_parallel)
+    notes = own.notes(sorted(used), ranks=deployment.tensor_parallel)
     notes += [] if sampler is None else [sampler]
     return notes + attention_notes(deployment)
 

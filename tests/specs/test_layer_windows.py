@@ -103,6 +103,14 @@ def test_memory_holds_as_many_blocks_as_the_real_planner_makes(name: str, ranks:
     assert int((gib << 30) // KvCache(model, model.windows, ranks).block_bytes) == blocks
 
 
+def test_layers_that_all_have_a_window_are_one_group() -> None:
+    """The planner makes 5,120 blocks of 10 GiB and 32 layers of SlidingWindowSpec(num_kv_heads=8, head_size=128)."""
+    model = ModelArchitecture.from_config({**LLAMA, "model_type": "mistral", "sliding_window": 4096})
+    assert model.windows is not None
+    assert model.windows.kv_groups() == (KvGroup("sliding", 4096, 32),)
+    assert int((10 << 30) // KvCache(model, model.windows).block_bytes) == 5_120
+
+
 def windows_of(config, max_model_len=None):
     return ModelArchitecture.from_config(config, max_model_len=max_model_len).windows
 

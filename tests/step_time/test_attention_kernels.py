@@ -116,7 +116,7 @@ def test_ranks_share_heads_and_not_latents() -> None:
 def test_a_cache_in_fp8_is_read_in_less_time(name) -> None:
     model = V3 if name == V3.name else load_architecture(name)
     wide, narrow = (replace(served(model, ranks=8), kv_cache_dtype=dtype) for dtype in ("auto", "fp8"))
-    assert [kernel[1] for kernel in attention_kernels(narrow)] == ["fp8", "fp8"]
+    assert [kernel[1] for kernel in attention_kernels(narrow, load_kernels(H100))] == ["fp8", "fp8"]
     short, long = ([DEFAULT.predict_us(d, decode_kv_lens=[n] * 64) for d in (wide, narrow)] for n in (4000, 8000))
     assert 0.4 * (long[0] - short[0]) < long[1] - short[1] < 0.8 * (long[0] - short[0])
     assert any("FP8 KV cache" in note for note in kernel_notes(narrow))
@@ -147,5 +147,32 @@ def test_experts_in_mxfp4_take_their_own_kernel() -> None:
 
 def test_heads_and_windows_that_miss_their_tables_are_named() -> None:
     notes = kernel_notes(served(ModelArchitecture.from_config(PUBLIC["openai/gpt-oss-20b"])))
-    assert any("`prefill_attention` of heads of 64 elements" in note and "% less than" in note for note in notes)
+    assert any("`decode_attention` of heads of 64 elements over a window of 128" in note for note in notes)
     assert not any("elements over" in note for note in kernel_notes(served(load_architecture("llama-2-7b"))))
+
+
+# Prefill of one layer with heads of 64 elements on H100, as the wheel has it: heads, KV heads, prompts, tokens, window, us.
+NARROW_PREFILLS = [
+    (64, 8, 1, 1024, 0, 44.4), (64, 8, 1, 4096, 0, 327.3), (64, 8, 4, 4096, 0, 1292.8), (64, 8, 1, 16384, 0, 4263.1),
+    (64, 8, 1, 1024, 128, 30.4), (64, 8, 1, 4096, 128, 105.2), (64, 8, 4, 4096, 128, 380.0), (64, 8, 1, 16384, 128, 386.8),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "prompts", "tokens", "window", "measured_us"), NARROW_PREFILLS)
+def test_prefill_of_narrow_heads_takes_what_the_table_says(
+    heads, kv_heads, prompts, tokens, window, measured_us
+) -> None:
+    model = replace(load_architecture("llama-2-7b"), num_attention_heads=heads, num_kv_heads=kv_heads, head_dim=64)
+    kernels = load_kernels(H100)
+    (_, _), (kernel, precision) = attention_kernels(served(model), kernels)
+    assert kernel == "prefill_attention_64"
+    costs, within = attention_costs(served(model), kernels), min(tokens, window or tokens)
+    pairs = prompts * (within * (within + 1) / 2 + (tokens - within) * within)
+    predicted_us = kernels.of(kernel, precision).floor_us
+    predicted_us += prompts * tokens * costs.prefill_token_us + pairs * costs.pair_us
+    assert predicted_us == pytest.approx(measured_us, rel=0.25)
+
+
+def test_a_gpu_without_tables_of_a_width_takes_its_own_of_the_usual_one() -> None:
+    model, gpu = replace(load_architecture("llama-2-7b"), head_dim=64), load_accelerator("a100-80gb")
+    assert attention_kernels(served(model, gpu), load_kernels(gpu))[1] == ("prefill_attention", "bf16")
