@@ -90,7 +90,7 @@ def batch_rejections(experiment: Experiment, running: FloatArray, kv_tokens: Flo
         block_size=server.block_size,
     )
     return rejected_requests(
-        running, held, workload.output_len, pool_blocks=server.offload_blocks, block_size=server.block_size
+        running, held, workload.output_len, pool_blocks=server.pool_blocks, block_size=server.block_size
     )
 
 

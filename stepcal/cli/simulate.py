@@ -18,7 +18,7 @@ from stepcal.specs.architecture import ModelArchitecture, resolve_architecture
 from stepcal.specs.deployment import Deployment
 from stepcal.specs.hardware import Accelerator, resolve_accelerator
 from stepcal.specs.kv_cache import AUTO, KvCache, block_size_of, kv_precision_of
-from stepcal.specs.kv_offloading import offload_blocks
+from stepcal.specs.kv_offloading import offload_blocks, offloading_notes
 from stepcal.specs.sampling import Sampling, read_sampling
 from stepcal.step_time.coefficients import load_coefficients
 from stepcal.step_time.serve import simulate
@@ -105,7 +105,8 @@ def _with_cache(
         windows = windows.in_cache(is_hybrid_cache_off=is_off)
     cache = KvCache(architecture, windows, options.tensor_parallel, size, precision, server.vllm_version)
     pool = offload_blocks(architecture, options.kv_offloading_gib, block_size=size, cache=cache)
-    return replace(server, block_size=size, offload_blocks=pool), notes
+    server = replace(server, block_size=size, offload_blocks=pool)
+    return server, [*notes, *offloading_notes(server)]
 
 
 def _sampling(options: SimulateOptions, architecture: ModelArchitecture) -> tuple[Sampling, list[str]]:

@@ -21,7 +21,7 @@ from stepcal.simulator.versions import OLDEST, VllmRelease, release_of, version_
 from stepcal.specs.architecture import ModelArchitecture
 from stepcal.specs.hardware import FILE_ENDINGS, Accelerator, load_accelerator, named_in_text, resolve_accelerator
 from stepcal.specs.kv_cache import AUTO, KvCache, block_size_of, kv_precision_of
-from stepcal.specs.kv_offloading import offload_blocks
+from stepcal.specs.kv_offloading import offload_blocks, offloading_notes
 from stepcal.specs.weight_formats import online_widths
 from stepcal.units import BYTES_PER_GIB
 
@@ -251,8 +251,11 @@ def server_of(
         blocks, note = _estimated_blocks(settings, cache, accelerator, share)
         notes.append(note)
     limits |= {"offload_blocks": offload}
-    server = {"kv_blocks": blocks, **limits, **others, "vllm_version": version}
-    return ServerConfig.from_vllm_arguments(server), notes + of_version
+    arguments_given = {"kv_blocks": blocks, **limits, **others, "vllm_version": version}
+    server = ServerConfig.from_vllm_arguments(arguments_given)
+    if settings.values.get(OFFLOAD_KEY) is not None:
+        notes += offloading_notes(server)
+    return server, notes + of_version
 
 
 def kv_cache_dtype_of(settings: Settings) -> str:

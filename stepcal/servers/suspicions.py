@@ -187,7 +187,7 @@ def _readings(log: ServedLog) -> Iterator[tuple[str, str, ServedLog]]:
     word = "off" if caching else "on"
     deployment = own.with_server(enable_prefix_caching=not caching)
     yield "prefix-cache", f"Prefix caching {word}", replace(log, deployment=deployment)
-    if own.offload_blocks == 0:
+    if own.offload_blocks == 0 and own.limits.release.holds_offloaded_blocks:
         pool = own.with_server(offload_blocks=max(own.limits.kv_blocks // 2, 1))
         yield "offload-pool", "A full pool of KV offloading in CPU memory", replace(log, deployment=pool)
     for fewer in (own.limits.max_num_seqs // 2, own.limits.max_num_seqs // 4):

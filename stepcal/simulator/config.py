@@ -209,6 +209,11 @@ class ServerConfig:
             )
 
     @property
+    def pool_blocks(self) -> int:
+        """KV blocks of the pool in CPU memory, 0 where the release gives them back once they are copied."""
+        return self.offload_blocks if self.release.holds_offloaded_blocks else 0
+
+    @property
     def is_hybrid_cache_off(self) -> bool:
         """Whether the KV of all layers is kept as if they had full attention, where some have."""
         if self.disable_hybrid_kv_cache_manager is None:

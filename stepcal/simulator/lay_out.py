@@ -54,7 +54,7 @@ def limits_of(
         timeout_us=timeout_us,
         has_abort_times=int(requests.abort_s is not None),
         usable_blocks=server.usable_blocks,
-        offload_blocks=server.offload_blocks if server.release.holds_offloaded_blocks else 0,
+        offload_blocks=server.pool_blocks,
         has_clients=int(clients.waits),
         max_in_flight=min(clients.max_in_flight or 0, len(requests)),
         stage_interval_us=clients.stage_interval_s * US_PER_S,

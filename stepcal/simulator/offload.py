@@ -1,6 +1,6 @@
 """The pool in CPU memory that vLLM copies KV blocks to, as far as it costs time: requests whose blocks it has no room for.
 
-With KV offloading on, vLLM 0.15.1 (and releases before 0.24.0, see `versions`) copies every new full block to a pool in
+With KV offloading on, vLLM 0.15.1 (and releases before 0.21.0, see `versions`) copies every new full block to a pool in
 CPU memory. The blocks of a request in flight cannot be evicted from it until the request ends
 (`OffloadingConnectorScheduler` completes a store only then). Once the
 requests in flight hold more blocks than the pool has, whoever comes later is rejected, and asks again in every step: a scan

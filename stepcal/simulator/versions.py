@@ -2,11 +2,13 @@
 
 Each was driven on a CPU with `tools/record_vllm.py`, and equals the slow reference on thousands of random scenarios. Its
 defaults were recorded with `tools/record_vllm_defaults.py`, which runs its own code for stubs of many GPUs.
-A release between two recorded ones is simulated as the nearest earlier one.
+A release between two recorded ones has the scheduler of the nearest earlier one, and the defaults that were recorded to
+have come by then.
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from stepcal.errors import InputError, NotModelledError
 
@@ -187,6 +189,15 @@ RELEASES = (
 )
 """Recorded releases, oldest first."""
 
+_CAME_WITH: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("0.18.0", {"samplers": (_TRITON_FROM_8, _SORT), "offloads_outputs": True}),
+    ("0.20.0", {"gpu_memory_utilization": 0.92}),
+    ("0.21.0", {"samplers": (_FLASHINFER,), "captures_token_budget": True, "holds_offloaded_blocks": False}),
+    ("0.23.0", {"offloads_outputs": False}),
+    ("0.29.0", {"default_limits": (_LARGEST, _LARGE, _SMALL), "largest_graph_on_blackwell": 1024}),
+)
+"""Releases whose defaults and offloading alone were recorded, and what they brought (or a release just before them)."""
+
 OLDEST, NEWEST = RELEASES[0].version, RELEASES[-1].version
 
 
@@ -202,6 +213,8 @@ def _number(version: str) -> tuple[int, ...]:
 
 def release_of(version: str) -> VllmRelease:
     """The recorded release whose rules a version is simulated with: itself, or the nearest earlier one.
+
+    Defaults of a version in between are those that were recorded to have come by then.
 
     Raises
     ------
@@ -222,7 +235,11 @@ def release_of(version: str) -> VllmRelease:
             f"`vllm_version: {version}` is older than the oldest release whose scheduler was recorded, {OLDEST}. "
             f"vLLM versions that are modelled: {OLDEST} and newer."
         )
-    return earlier[-1]
+    release = earlier[-1]
+    for since, changes in _CAME_WITH:
+        if _number(release.version) < _number(since) <= number:
+            release = replace(release, **changes)
+    return release
 
 
 def version_note(version: str) -> str | None:
@@ -230,5 +247,5 @@ def version_note(version: str) -> str | None:
     release = release_of(version)
     if _number(release.version) == _number(version):
         return None
-    newest = " the newest recorded one" if release is RELEASES[-1] else " the nearest earlier one that was recorded"
+    newest = " the newest recorded one" if release.version == NEWEST else " the nearest earlier one that was recorded"
     return f"vLLM {version} was not recorded; it is simulated as {release.version},{newest}."

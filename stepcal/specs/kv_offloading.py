@@ -1,8 +1,9 @@
 """KV offloading as far as it costs step time: how many blocks the pool in CPU memory has, and who finds no room in it.
 
-vLLM 0.15.1 with ``kv_offloading_size`` copies each new full KV block to CPU memory. What a request in flight has stored
-stays until the request ends; where the requests in flight hold more blocks than the pool has, the others are rejected and
-ask again in every step, each time at the price of a scan of the pool. That happens inside ``schedule()``, on the CPU.
+With ``kv_offloading_size`` vLLM copies new full KV blocks to CPU memory, until 0.20.0 as follows. What a request in flight
+has stored stays until the request ends; where the requests in flight hold more blocks than the pool has, the others are
+rejected and ask again in every step, each time at the price of a scan of the pool. That happens inside ``schedule()``, on
+the CPU.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from stepcal.errors import InputError
+from stepcal.simulator.config import ServerConfig
 from stepcal.specs.architecture import ModelArchitecture
 from stepcal.specs.kv_cache import KvCache
 from stepcal.units import BYTES_PER_GIB, FloatArray
@@ -53,6 +55,28 @@ def offload_blocks(
         raise InputError(f"`gib` is {gib:g}; the offload pool must be at most {MOST_OFFLOAD_GIB:,} GiB.")
     blocks_of = cache or KvCache(architecture, block_size=block_size)
     return int(gib * BYTES_PER_GIB // blocks_of.pool_block_bytes)
+
+
+def offloading_notes(server: ServerConfig) -> list[str]:
+    """Return what to tell a user whose server offloads KV about what is not simulated as its release does it.
+
+    Examples
+    --------
+    >>> offloading_notes(ServerConfig(kv_blocks=100))
+    []
+    >>> len(offloading_notes(ServerConfig(kv_blocks=100, offload_blocks=10)))
+    2
+    """
+    if server.offload_blocks == 0:
+        return []
+    notes = ["KV that only the pool in CPU memory has is computed again: loads from the pool are not simulated."]
+    if server.release.holds_offloaded_blocks and server.async_scheduling and not server.release.offloads_outputs:
+        notes.append(
+            f"vLLM {server.vllm_version} as released offloads prompts alone with asynchronous scheduling. Outputs are "
+            "counted as offloaded too, as the servers seem to have done on which the coefficients were calibrated: a small "
+            "pool rejects fewer requests than are simulated."
+        )
+    return notes
 
 
 def rejected_requests(

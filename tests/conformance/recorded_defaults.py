@@ -5,6 +5,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+VERSIONS = ("0.15.1", "0.18.0", "0.19.0", "0.20.0", "0.21.0", "0.23.0", "0.24.0", "0.29.0", "0.33.0")
+"""Releases that were recorded, more than those whose scheduler was."""
 ABSENT = "absent"
 """Written in place of a default that a release has no name for."""
 

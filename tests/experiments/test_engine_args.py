@@ -4,13 +4,12 @@ from pathlib import Path
 
 import pytest
 import yaml
-from recorded_defaults import limits_of_api_servers, recorded_defaults
+from recorded_defaults import VERSIONS, limits_of_api_servers, recorded_defaults
 from run_folders import PROFILE, QWEN, SERVER, write_run
 
 from stepcal.datasets import experiments
 from stepcal.errors import InputError, NotModelledError
 from stepcal.experiments.folders import read_experiment_folder, read_supported_runs
-from stepcal.simulator.versions import RELEASES
 from stepcal.studies.published_runs import load_experiments
 
 
@@ -108,7 +107,7 @@ def test_limits_that_are_absent_are_vllms_own(gpu: str, tokens: int, seqs: int, 
     assert any("`max_model_len` is absent; 2,000" in n for n in experiment.notes)
 
 
-@pytest.mark.parametrize("version", [release.version for release in RELEASES])
+@pytest.mark.parametrize("version", VERSIONS)
 def test_limits_that_are_absent_are_those_that_the_release_chose(version: str, tmp_path) -> None:
     """Recorded from each release's own code, on each GPU that ships, and where a model is short or one limit is given."""
     cases = [(row["stepcal"], {}, row) for row in limits_of_api_servers(version) if row["stepcal"] is not None]
@@ -195,6 +194,16 @@ def test_the_other_spelling_of_the_file(tmp_path) -> None:
     run = write_run(tmp_path, files={"exp-config.yaml": None})
     (run / "exp-config.yml").write_text(yaml.safe_dump(SERVER))
     assert read_one(tmp_path).server.kv_blocks == SERVER["kv_blocks_total_gpu"]
+
+
+@pytest.mark.parametrize(("version", "says_outputs"), [("0.15.1", True), ("0.19.0", False), ("0.33.0", False)])
+def test_what_offloading_does_and_the_simulator_does_not_is_said(version: str, says_outputs: bool, tmp_path) -> None:
+    write_run(tmp_path, server=without(kv_offloading_size=2, vllm_version=version))
+    notes = read_one(tmp_path).notes
+    assert any("loads from the pool are not simulated" in note for note in notes)
+    assert any("as released offloads prompts alone" in note for note in notes) == says_outputs
+    write_run(tmp_path / "none", server=without(vllm_version=version))
+    assert not any("pool" in note for note in read_one(tmp_path / "none").notes)
 
 
 def test_the_offload_pool_is_read_or_assumed(tmp_path) -> None:

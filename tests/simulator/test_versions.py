@@ -2,11 +2,17 @@
 
 import numpy as np
 import pytest
-from recorded_defaults import ABSENT, limits_of_api_servers, recorded_defaults, recorded_offloading
+from recorded_defaults import (
+    ABSENT,
+    VERSIONS,
+    limits_of_api_servers,
+    recorded_defaults,
+    recorded_offloading,
+)
 
 from stepcal.errors import InputError, NotModelledError
 from stepcal.simulator import CompiledStepTime, ServerConfig, make_requests, simulate
-from stepcal.simulator.versions import NEWEST, OLDEST, RELEASES, VllmRelease, release_of, version_note
+from stepcal.simulator.versions import NEWEST, OLDEST, RELEASES, release_of, version_note
 
 
 def test_recorded_releases_are_themselves() -> None:
@@ -36,9 +42,10 @@ def test_what_is_no_release_is_refused(version: str) -> None:
         release_of(version)
 
 
-@pytest.mark.parametrize("release", RELEASES, ids=lambda release: release.version)
-def test_limits_are_those_that_the_release_chose_on_each_gpu(release: VllmRelease) -> None:
-    rows = limits_of_api_servers(release.version)
+@pytest.mark.parametrize("version", VERSIONS)
+def test_limits_are_those_that_the_release_chose_on_each_gpu(version: str) -> None:
+    release = release_of(version)
+    rows = limits_of_api_servers(version)
     assert len(rows) == 13
     for row in rows:
         found = release.limits_on(row["stepcal"] or row["gpu"].lower(), row["memory_mib"] / 1024)
@@ -46,13 +53,14 @@ def test_limits_are_those_that_the_release_chose_on_each_gpu(release: VllmReleas
         assert found.max_num_seqs == row["max_num_seqs"], row
 
 
-@pytest.mark.parametrize("release", RELEASES, ids=lambda release: release.version)
-def test_other_defaults_are_those_that_the_release_chose(release: VllmRelease) -> None:
-    recorded = recorded_defaults(release.version)
-    assert recorded["vllm_version"] == release.version
+@pytest.mark.parametrize("version", VERSIONS)
+def test_other_defaults_are_those_that_the_release_chose(version: str) -> None:
+    release = release_of(version)
+    recorded = recorded_defaults(version)
+    assert recorded["vllm_version"] == version
     assert recorded["cache"]["gpu_memory_utilization"] == release.gpu_memory_utilization
     assert recorded["scheduler"]["scheduler_reserve_full_isl"] == (True if release.admits_whole_sequences else ABSENT)
-    server = ServerConfig(kv_blocks=10, max_num_seqs=1, vllm_version=release.version)
+    server = ServerConfig(kv_blocks=10, max_num_seqs=1, vllm_version=version)
     assert recorded["cache"]["block_size"] == server.block_size
     assert {row["block_size"] for row in recorded["limits"]} == {server.block_size}
     assert recorded["cache"]["enable_prefix_caching"] == server.enable_prefix_caching
@@ -71,10 +79,11 @@ def test_other_defaults_are_those_that_the_release_chose(release: VllmRelease) -
     assert recorded["cache"]["kv_offloading_size"] is None
 
 
-@pytest.mark.parametrize("release", RELEASES, ids=lambda release: release.version)
-def test_the_sampler_is_the_one_that_the_release_called(release: VllmRelease) -> None:
+@pytest.mark.parametrize("version", VERSIONS)
+def test_the_sampler_is_the_one_that_the_release_called(version: str) -> None:
+    release = release_of(version)
     names = {"sort": "PyTorch sort", "triton": "Triton", "flashinfer": "FlashInfer"}
-    for row in recorded_defaults(release.version)["sampler"]:
+    for row in recorded_defaults(version)["sampler"]:
         assert len(row["gpus"]) == 13, row
         if row["cut"] == "none":
             assert row["kernels"] == [], row
@@ -83,11 +92,12 @@ def test_the_sampler_is_the_one_that_the_release_called(release: VllmRelease) ->
             assert row["kernels"] == [names[path.kernel]], row
 
 
-@pytest.mark.parametrize("release", RELEASES, ids=lambda release: release.version)
-def test_the_offload_pool_is_the_one_that_the_release_had(release: VllmRelease) -> None:
+@pytest.mark.parametrize("version", VERSIONS)
+def test_the_offload_pool_is_the_one_that_the_release_had(version: str) -> None:
     """A running request filled the pool; another one's blocks wait for its end, or for the end of a copy."""
-    recorded = recorded_offloading(release.version)
-    assert recorded["vllm_version"] == release.version
+    release = release_of(version)
+    recorded = recorded_offloading(version)
+    assert recorded["vllm_version"] == version
     for kind in ("sync", "async"):
         for name, copy_steps in (("refused", 1), ("refused_slow", 20)):
             refused, end_of_copy = recorded[kind][name], 0 + copy_steps + 1
@@ -100,11 +110,11 @@ def test_the_offload_pool_is_the_one_that_the_release_had(release: VllmRelease) 
     assert n_stored == (stored["full_blocks"] if release.offloads_outputs else stored["prompt_blocks"])
 
 
-@pytest.mark.parametrize("release", RELEASES, ids=lambda release: release.version)
-def test_a_load_from_the_pool_takes_a_prompt_and_holds_up_nobody_else(release: VllmRelease) -> None:
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_load_from_the_pool_takes_a_prompt_and_holds_up_nobody_else(version: str) -> None:
     """What the simulator leaves out, as recorded: four blocks come back, the request waits, and one beside it runs on."""
     for kind in ("sync", "async"):
-        recorded = recorded_offloading(release.version)[kind]
+        recorded = recorded_offloading(version)[kind]
         _, _, n_computed, n_loaded, _ = recorded["loaded"]["found"][0]
         assert (n_computed, n_loaded) == (0, 64)
         assert [tokens for _, tokens in recorded["loaded"]["of_request"]][-4:] == [1, 1, 1, 1]
