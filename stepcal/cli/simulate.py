@@ -99,7 +99,7 @@ def _with_cache(
     server, precision = options.server, kv_precision_of(options.kv_cache_dtype, architecture)
     given = server.block_size if options.is_block_size_given else None
     size, notes = block_size_of(given, architecture, accelerator, server.vllm_version, precision)
-    windows = architecture.windows
+    windows = architecture.windows_of(server.vllm_version)
     if windows is not None:
         is_off = options.kv_offloading_gib > 0 and server.release.drops_groups_with_connector
         windows = windows.in_cache(is_hybrid_cache_off=is_off)

@@ -231,7 +231,7 @@ def server_of(
     notes += of_blocks
     offloads = bool(settings.values.get(OFFLOAD_KEY, kv_offloading_gib))
     is_off = bool(settings.values.get(HYBRID_KEY, offloads and release.drops_groups_with_connector))
-    windows = architecture.windows
+    windows = architecture.windows_of(version)
     windows = None if windows is None else windows.in_cache(is_hybrid_cache_off=is_off)
     cache = KvCache(architecture, windows, tensor_parallel, block_size, kv_precision, version)
     offload, more = _offload_blocks(settings, cache, kv_offloading_gib)

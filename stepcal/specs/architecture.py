@@ -16,6 +16,7 @@ from typing import Any
 from stepcal.documents import read_json_object
 from stepcal.errors import InputError, shown
 from stepcal.locations import data_folder
+from stepcal.simulator.versions import NEWEST
 from stepcal.specs.config_json import read_fields
 from stepcal.specs.latent_attention import LatentAttention
 from stepcal.specs.layer_windows import MOST_WINDOW, LayerWindows
@@ -165,9 +166,13 @@ class ModelArchitecture:
         """Bytes of one stored weight by group of weights, scales included."""
         return self.weight_widths or WeightWidths()
 
-    def windows_within(self, max_model_len: int | None) -> LayerWindows | None:
+    def windows_of(self, vllm_version: str) -> LayerWindows | None:
+        """Return the layers that have a window where a release of vLLM serves the model."""
+        return None if self.windows is None else self.windows.served_by(vllm_version)
+
+    def windows_within(self, max_model_len: int | None, vllm_version: str = NEWEST) -> LayerWindows | None:
         """Return the windows that slide on a server of some context limit: one at least that long never does."""
-        windows = self.windows
+        windows = self.windows_of(vllm_version)
         return None if windows is None or windows.window >= (max_model_len or MOST_WINDOW) else windows
 
     def num_parameters(self) -> int:

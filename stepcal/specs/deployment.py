@@ -93,14 +93,17 @@ class Deployment:
     def __post_init__(self) -> None:
         self.architecture.check_tensor_parallel(self.tensor_parallel)
         kv_precision_of(self.kv_cache_dtype, self.architecture)
-        windows, server = self.architecture.windows, self.server
+        server = self.server
+        windows = None if server is None else self.architecture.windows_of(server.vllm_version)
         if windows is not None and server is not None and server.kv_groups == (KvGroup(),):
             object.__setattr__(self, "server", replace(server, kv_groups=windows.kv_groups(server.vllm_version)))
 
     @property
     def windows(self) -> LayerWindows | None:
         """Layers that read a window below the server's context limit; None where none does."""
-        return self.architecture.windows_within(None if self.server is None else self.server.max_model_len)
+        if self.server is None:
+            return self.architecture.windows_within(None)
+        return self.architecture.windows_within(self.server.max_model_len, self.server.vllm_version)
 
     @property
     def sliding(self) -> tuple[KvGroup, ...]:
@@ -139,11 +142,10 @@ class Deployment:
     @property
     def kv_cache(self) -> KvCache:
         """The KV cache: bytes of its blocks."""
-        windows, version = self.architecture.windows, NEWEST
-        if self.server is not None:
-            version = self.server.vllm_version
-            if windows is not None:
-                windows = windows.in_cache(is_hybrid_cache_off=self.server.is_hybrid_cache_off)
+        version = NEWEST if self.server is None else self.server.vllm_version
+        windows = self.architecture.windows_of(version)
+        if self.server is not None and windows is not None:
+            windows = windows.in_cache(is_hybrid_cache_off=self.server.is_hybrid_cache_off)
         return KvCache(self.architecture, windows, self.tensor_parallel, self.block_size, self.kv_precision, version)
 
     @property

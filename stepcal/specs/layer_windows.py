@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from stepcal.errors import InputError, NotModelledError, shown
-from stepcal.simulator.versions import NEWEST, release_of
+from stepcal.simulator.versions import NEWEST, RELEASES, release_of
 from stepcal.specs.config_values import ConfigValues
 from stepcal.specs.model_type import ModelType
 
@@ -27,6 +27,9 @@ WINDOW_KEYS = {"sliding": "sliding_window", "chunked": "attention_chunk_size"}
 """Key of the tokens of a window, by kind."""
 FULL_EVERY = {"gemma2": 2, "gemma3_text": 6, "gpt_oss": 2, "cohere2": 4, "olmo3": 4}
 """Every so-manieth layer has full attention where the file does not say (transformers' classes)."""
+GIVES_NO_WINDOW_TO_ALL = "0.33.0"
+"""First recorded release in which no layer has a window where `max_window_layers` says so; those before
+give it to all (``is_interleaved``)."""
 NO_CHUNK_EVERY = 4
 """The same for Llama 4, whose layers without rotary positions are those without chunks."""
 
@@ -92,6 +95,8 @@ class LayerWindows:
         Layers with and without.
     is_windowed_first : bool
         Whether the model begins with a layer that has one; groups come in this order.
+    gone_from : str, optional
+        Release of vLLM from which on none of these layers has one.
     """
 
     kind: str
@@ -99,6 +104,14 @@ class LayerWindows:
     n_windowed: int
     n_full: int
     is_windowed_first: bool = True
+    gone_from: str | None = None
+
+    def served_by(self, vllm_version: str) -> LayerWindows | None:
+        """What a release of vLLM makes of them."""
+        gone = self.gone_from is not None and RELEASES.index(release_of(vllm_version)) >= RELEASES.index(
+            release_of(self.gone_from)
+        )
+        return None if gone else self
 
     @property
     def share(self) -> float:
@@ -165,8 +178,6 @@ def read_windows(
     slides = bool(WINDOWED_ATTENTION & set(types)) if types else values.flag("use_sliding_window", True)
     depth = values.optional_whole("max_window_layers", least=0, most=layers * MOST_WINDOW)
     begins_at = depth if not types and "use_sliding_window" in kind.defaults else None  # as Qwen's windows do
-    if begins_at is not None and begins_at >= layers:
-        slides = False
     is_switched_off = bool(types) and not values.flag("use_sliding_window", True)
     found = {}
     for name, key in WINDOW_KEYS.items():
@@ -174,7 +185,8 @@ def read_windows(
         if window is not None and window > 0 and slides:
             found[name] = window
     placed = {name: _layers_with(name, kind, type_name, values, layers, types) for name in found}
-    if begins_at == 0 and "sliding" in found:
+    in_none = begins_at is not None and begins_at >= layers
+    if (begins_at == 0 or in_none) and "sliding" in found:
         placed["sliding"] = [True] * layers  # from another layer on, vLLM refuses it
     placed = {name: None if is_switched_off else which for name, which in placed.items() if which != [False] * layers}
     placed = {name: which for name, which in placed.items() if which is not None or found[name] < longest}
@@ -187,7 +199,8 @@ def read_windows(
             f"{longest}, in layers that it does not name (`layer_types`), or in two ways: stepcal does not model that. "
             f"A server limited to `max_model_len` <= {found[name]} never slides: pass that."
         )
-    return LayerWindows(name, found[name], sum(which), layers - sum(which), is_windowed_first=which[0])
+    gone_from = GIVES_NO_WINDOW_TO_ALL if in_none else None
+    return LayerWindows(name, found[name], sum(which), layers - sum(which), which[0], gone_from)
 
 
 def _layers_with(

@@ -6,7 +6,7 @@ import random
 import numpy as np
 import pytest
 import vllm_reference
-from random_scenarios import random_timed_scenario
+from random_scenarios import random_timed_scenario, with_groups
 from reference_clients import ClientClock
 from scenario_adapter import outcome_of, requests_of, server_of, step_time_of, timed_steps_of
 from test_conformance import assert_same
@@ -25,6 +25,7 @@ from stepcal.simulator import (
     stage_starts,
 )
 from stepcal.simulator.engine import EngineRun
+from stepcal.simulator.versions import RELEASES
 
 N_CASES = int(os.environ.get("STEPCAL_RANDOM_CASES", "150"))
 _BATCH = 25
@@ -95,10 +96,14 @@ def run_load(scenario: dict, load: dict, *, record: bool) -> EngineRun:
     return run
 
 
+@pytest.mark.parametrize("has_groups", [False, True])
 @pytest.mark.parametrize("seeds", BATCHES, ids=lambda seeds: f"{seeds.start}-{seeds.stop - 1}")
-def test_random_loads_equal_the_reference(seeds: range) -> None:
+def test_random_loads_equal_the_reference(seeds: range, has_groups: bool) -> None:
+    """Also of models whose layers differ in what they read, by turns as each release keeps their KV."""
     for seed in seeds:
         scenario, load = random_load(seed)
+        if has_groups:
+            scenario = with_groups(scenario, seed, RELEASES[seed % len(RELEASES)].version)
         step_time = vllm_reference.affine_step_time_us(scenario["step_time"])
         descriptions = [dict(r) for r in scenario["requests"]]
         for d in descriptions:

@@ -10,7 +10,7 @@ from scenario_adapter import play_calls, play_timed
 from test_conformance import assert_same
 
 from stepcal.errors import InputError
-from stepcal.simulator import CompiledStepTime, KvGroup, ServerConfig, make_requests, simulate
+from stepcal.simulator import CompiledStepTime, KvGroup, ServerConfig, make_conversations, make_requests, simulate
 from stepcal.simulator.versions import NEWEST, RELEASES
 
 N_CASES = int(os.environ.get("STEPCAL_RANDOM_CASES", "150"))
@@ -68,6 +68,52 @@ def test_a_prefix_is_hit_where_its_window_was_kept() -> None:
     requests = make_requests([0.0, 5.0], [[(0, 800)]], 40)
     result = simulate(requests, server(KvGroup(), KvGroup("sliding", 64)), STEP_TIME)
     assert result.rows["cached_tokens"].tolist() == [0, 784]
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_turns_of_sessions_are_requests_that_come_when_their_answers_are_there(version: str) -> None:
+    """Conversations with think times, and the same requests sent at the times at which their turns were due."""
+    sessions = make_conversations(
+        np.arange(12) / 64, 4, system_prompt_len=40, question_len=37, output_len=50, think_s=0.25, n_system_prompts=2
+    )
+    groups = (KvGroup("sliding", 64), KvGroup("sliding", 64), KvGroup("sliding", 100), KvGroup())
+    small = ServerConfig(
+        kv_blocks=900, max_num_seqs=4, max_num_batched_tokens=64, vllm_version=version, kv_groups=groups
+    )
+    eighths = CompiledStepTime(constant_us=1024.0, requests_us=8.0)  # sums are exact
+    served = simulate(sessions, small, eighths)
+    assert served.rows["cached_tokens"].max() > 100
+    finish_s = served.rows["finish_us"] / 1e6
+    due_s = np.where(sessions.follows < 0, sessions.arrival_s, finish_s[sessions.follows] + 0.25)
+    order = np.argsort(due_s, kind="stable")
+    alone = make_requests(
+        due_s[order],
+        [
+            list(zip(sessions.segment_content[a:b], sessions.segment_tokens[a:b], strict=True))
+            for a, b in zip(sessions.prompt_start[:-1], sessions.prompt_start[1:], strict=True)
+        ],
+        sessions.output_tokens[order],
+        prompt=sessions.prompt[order],
+        output_content=sessions.output_content[order],
+    )
+    again = simulate(alone, small, eighths)
+    assert np.allclose(again.rows["finish_us"], served.rows["finish_us"][order], rtol=1e-12)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_with_offloading_groups_are_kept_as_the_release_keeps_them(version: str) -> None:
+    """Up to 0.19.0 as full attention: the blocks of a plain model, and steps that read the window."""
+    requests = make_requests(np.arange(12) * 0.02, [[(i, 30 + 25 * i)] for i in range(12)], 40 + np.arange(12))
+    groups, small = (KvGroup("sliding", 48), KvGroup()), {"max_num_batched_tokens": 128, "vllm_version": version}
+    offloads = ServerConfig(kv_blocks=100, kv_groups=groups, offload_blocks=10_000, **small)
+    plain = ServerConfig(kv_blocks=100, offload_blocks=10_000, **small)
+    reads = CompiledStepTime(constant_us=1000.0, kv_us=0.5, prefill_kv_us=0.25, prefill_pair_us=0.01)
+    kept_whole = version in ("0.15.1", "0.19.0")
+    assert offloads.has_groups != kept_whole
+    rows = [simulate(requests, server, STEP_TIME, record_steps=1.0).step_table() for server in (offloads, plain)]
+    assert rows[0].equals(rows[1]) == kept_whole
+    less = [simulate(requests, offloads, reads.with_windows(share)).simulated_s for share in (0.0, 0.5)]
+    assert less[1] < less[0]
 
 
 @pytest.mark.parametrize(
