@@ -8,7 +8,7 @@ each layer are divided instead. Layouts that no public model has are written dow
     vllm-env/bin/python tools/record_vllm_planner.py --out tests/conformance
 
 writes ``OUT/planner/VERSION.json``. The models are those of ``OUT/planner/models.json``: some as in
-``tests/specs/public_models.jsonl``, the others (Gemma 3 from 4B on, Llama 4, Mistral and Ministral) written from memory of the
+``tests/specs/public_models.jsonl``, the others (Gemma 3 from 4B on, Llama 4, Mistral, Ministral) written from memory of the
 public files, whose dimensions nobody checked. The environment is that of ``record_vllm.py``, with a transformers that the
 release accepts: below 5 up to 0.19.0.
 """
