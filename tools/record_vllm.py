@@ -18,6 +18,7 @@ compares the slow reference with the real scheduler on N random scenarios, and e
 """
 
 import argparse
+import contextlib
 import gzip
 import importlib
 import itertools
@@ -63,8 +64,11 @@ from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput  # noqa
 
 # Scenarios to record, of each kind, of models whose layers differ in what they read.
 N_RANDOM_GROUPS = 60
+# The same with priorities and thresholds.
+N_RANDOM_POLICIES = 60
 # Of scenarios with few requests only, so that the recordings stay small.
 MOST_REQUESTS_WITH_GROUPS = 8
+MOST_REQUESTS_WITH_POLICIES = 12
 
 # A step longer than any scenario means that the engine spins without progress.
 MAX_STEPS = 20_000
@@ -151,6 +155,23 @@ def random_groups(kind: Callable[[int], dict]) -> dict[str, list[dict]]:
             with_groups(kind(seed), seed, vllm_version) for seed in itertools.islice(small, N_RANDOM_GROUPS)
         ]
     }
+
+
+def random_policies(kind: Callable[[int], dict]) -> dict[str, list[dict]]:
+    """The random scenarios to record with priorities and with a threshold for long prefills, those that end."""
+
+    def made() -> Iterator[dict]:
+        for seed in itertools.count():
+            scenario = with_policies(kind(seed), seed)
+            if len(scenario["requests"]) > MOST_REQUESTS_WITH_POLICIES:
+                continue
+            step_time = scenario.get("step_time")
+            step_time_us = None if step_time is None else vllm_reference.affine_step_time_us(step_time)
+            with contextlib.suppress(vllm_reference.EndlessError):
+                vllm_reference.simulate(of_this_version(scenario), step_time_us)
+                yield scenario
+
+    return {"random_policies": list(itertools.islice(made(), N_RANDOM_POLICIES))}
 
 
 def groups_of(engine: EngineCore) -> list[list]:
@@ -304,7 +325,7 @@ def make_engine(
             max_num_batched_tokens=config["max_num_batched_tokens"],
             max_model_len=config["max_model_len"],
             is_encoder_decoder=False,
-            enable_chunked_prefill=True,
+            enable_chunked_prefill=config.get("enable_chunked_prefill", True),
             async_scheduling=config["async_scheduling"],
             policy=config.get("scheduling_policy", "fcfs"),
             long_prefill_token_threshold=config.get("long_prefill_token_threshold", 0),
@@ -671,10 +692,11 @@ def main() -> int:
         if arguments.check is not None:
             return 1 if check(arguments.check, arguments.first_seed, arguments.only or list(KINDS), model_dir) else 0
         n_scenarios = n_bytes = 0
-        for folder, player, groups in (
-            ("recordings", play, {**scenarios.groups(), **random_groups(random_scenario)}),
-            ("recordings_timed", play_timed, {**scenarios.timed_groups(), **random_groups(random_timed_scenario)}),
+        for folder, player, kind, groups in (
+            ("recordings", play, random_scenario, scenarios.groups()),
+            ("recordings_timed", play_timed, random_timed_scenario, scenarios.timed_groups()),
         ):
+            groups |= {**random_groups(kind), **random_policies(kind)}
             for group, members in groups.items():
                 recordings = [player(of_this_version(scenario), model_dir) for scenario in members]
                 size = write_recordings(arguments.out / folder / vllm_version / f"{group}.json.gz", recordings)

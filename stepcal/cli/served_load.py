@@ -181,6 +181,7 @@ def _accepted(
         output_content=content,
         stage=stage[kept],
         index=kept,
+        priority=None if requests.priority is None else requests.priority[kept],
     )
     return shorter, rejected, [note]
 
@@ -268,7 +269,8 @@ def _has_latencies(path: Path) -> bool:
         names = set(pq.read_schema(path).names)
     except (pa.ArrowException, OSError):
         return False
-    return set(REQUEST_SCHEMA.columns) - {"prompt_tokens"} <= names
+    required = {name for name, column in REQUEST_SCHEMA.columns.items() if column.required}
+    return required - {"prompt_tokens"} <= names
 
 
 def _is_cut(options: LoadOptions) -> bool:

@@ -58,6 +58,20 @@ def simulate(
     async_scheduling: Annotated[
         bool, typer.Option("--async-scheduling/--no-async-scheduling", help="Schedule a step while the last one runs.")
     ] = True,
+    scheduling_policy: Annotated[
+        str,
+        typer.Option(
+            "--scheduling-policy", help="fcfs, or priority: the smallest `priority` of the request table first."
+        ),
+    ] = "fcfs",
+    long_prefill_token_threshold: Annotated[
+        int,
+        typer.Option("--long-prefill-token-threshold", help="Most tokens of one request in a step, 0 for no limit."),
+    ] = 0,
+    chunked_prefill: Annotated[
+        bool,
+        typer.Option("--enable-chunked-prefill/--no-enable-chunked-prefill", help="Split prompts over several steps."),
+    ] = True,
     vllm_version: Annotated[
         str | None,
         typer.Option("--vllm-version", help="Release of vLLM to serve as. Default: the newest that was recorded."),
@@ -148,6 +162,9 @@ def simulate(
         enable_prefix_caching=prefix_caching,
         async_scheduling=async_scheduling,
         vllm_version=vllm_version or NEWEST,
+        scheduling_policy=scheduling_policy,
+        long_prefill_token_threshold=long_prefill_token_threshold,
+        enable_chunked_prefill=chunked_prefill,
     )
     note = version_note(server.vllm_version)
     if note:

@@ -30,6 +30,7 @@ MOONCAKE_BLOCK_TOKENS = 512
 """Tokens that one of Mooncake's `hash_ids` stands for."""
 MOST_TOKENS = 10**9
 MOST_TIME_US = 2**62
+MOST_PRIORITY = 2**31 - 1
 DATE_TIME = 0.0
 """Unit of arrivals that are dates."""
 PARQUET, CSV, LINES = "parquet", "csv", "jsonl"
@@ -87,7 +88,8 @@ class RequestTrace:
     ----------
     table : DataFrame
         `index`, `arrival_time_us` (from the first request), `prompt_tokens`, `output_tokens`, in order of arrival; with
-        `blocks`, lists of ids, where the trace has them; with `experiment_id` and `has_error` where it has those.
+        `blocks`, lists of ids, where the trace has them; with `experiment_id`, `has_error` and `priority` where it has
+        those.
     format : str
         Which of `FORMATS` it is.
     left_out : int
@@ -136,6 +138,8 @@ def read_request_trace(path: Path | str, *, format_name: str | None = None) -> R
     for column in ("experiment_id", "index"):
         if column in raw.columns and name == "table":
             table[column] = raw[column].to_numpy()
+    if "priority" in raw.columns and name == "table":
+        table["priority"] = _priorities(raw["priority"], path)
     is_served = ~has_error & (table["prompt_tokens"] > 0) & (table["output_tokens"] > 0)
     table = table[is_served].sort_values("arrival_time_us", kind="stable").reset_index(drop=True)
     if table.empty:
@@ -345,6 +349,19 @@ def _whole_numbers(values: pd.Series, name: str, path: Path, is_failed: np.ndarr
         i = int(wrong.argmax())
         raise InputError(
             f"{path}, row {i + 1}: `{name}` is {shown(values.iloc[i])}; it must be a whole number of at least 0 tokens."
+        )
+    return numbers.astype(np.int64)
+
+
+def _priorities(values: pd.Series, path: Path) -> np.ndarray:
+    """Priorities, shape (n,); 0, vLLM's default, where a cell is empty."""
+    numbers = np.where(values.isna(), 0.0, _numbers(values))
+    wrong = ~((np.abs(numbers) <= MOST_PRIORITY) & (numbers == np.floor(numbers)))
+    if wrong.any():
+        i = int(wrong.argmax())
+        raise InputError(
+            f"{path}, row {i + 1}: `priority` is {shown(values.iloc[i])}; it must be a whole number, at most "
+            f"{MOST_PRIORITY:,} on either side of 0."
         )
     return numbers.astype(np.int64)
 

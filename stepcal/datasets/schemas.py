@@ -72,6 +72,9 @@ REQUEST_SCHEMA = pa.DataFrameSchema(
         "has_error": flag("Whether the client gave up or was refused."),
         "e2e_s": number("From sending to the last token, or to giving up.", "s", above=0, nullable=True),
         "ttft_s": number("From sending to the first token.", "s", above=0, nullable=True),
+        "priority": integer(
+            "Which requests a server with priorities serves first: the smallest.", "", minimum=None, required=False
+        ),
     },
     checks=[
         row_rule(lambda t: t["has_error"] | t["e2e_s"].notna(), "e2e_s", "a number unless the request failed"),

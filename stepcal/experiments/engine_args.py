@@ -32,7 +32,9 @@ GPU_KEYS = ("gpu", "accelerator", "gpu_name", "gpu_type", "hardware")
 TENSOR_PARALLEL_KEYS = ("tensor_parallelism", "tensor_parallel", "tensor_parallel_size", "tp")
 KV_BLOCK_KEYS = ("kv_blocks_total_gpu", "num_gpu_blocks", "kv_blocks", "kv_blocks_total", "num_gpu_blocks_override")
 HYBRID_KEY = "disable_hybrid_kv_cache_manager"
-SWITCHES = ("enable_prefix_caching", "async_scheduling", HYBRID_KEY)
+CHUNKED_KEY = "enable_chunked_prefill"
+SWITCHES = ("enable_prefix_caching", "async_scheduling", CHUNKED_KEY, HYBRID_KEY)
+POLICY_KEY, THRESHOLD_KEY = "scheduling_policy", "long_prefill_token_threshold"
 VERSION_KEY = "vllm_version"
 KV_BYTES_KEY = "kv_cache_memory_bytes"
 DTYPES = ("auto", "half", "float16", "bfloat16", "fp16", "bf16")
@@ -236,7 +238,8 @@ def server_of(
     cache = KvCache(architecture, windows, tensor_parallel, block_size, kv_precision, version)
     offload, more = _offload_blocks(settings, cache, kv_offloading_gib)
     notes += more
-    arguments = (n for n in (*SWITCHES, *NOT_MODELLED) if n != OFFLOAD_KEY)
+    limits |= {THRESHOLD_KEY: settings.whole(THRESHOLD_KEY) or 0}
+    arguments = (n for n in (*SWITCHES, POLICY_KEY, *NOT_MODELLED) if n != OFFLOAD_KEY)
     others = {n: settings.values[n] for n in arguments if settings.values.get(n) is not None}
     for name in SWITCHES:
         if not isinstance(others.get(name, True), bool):
@@ -358,6 +361,8 @@ def _limits(
     tokens, seqs = settings.whole("max_num_batched_tokens"), settings.whole("max_num_seqs")
     budget = defaults.max_num_batched_tokens if tokens is None else tokens
     most = defaults.max_num_seqs if seqs is None else seqs
+    if tokens is None and settings.values.get(CHUNKED_KEY) is False:
+        budget = max(budget, longest)
     budget = min(budget, most * longest) if tokens is None else budget
     most = min(most, budget) if seqs is None else most
     for name, given, value in (("max_num_batched_tokens", tokens, budget), ("max_num_seqs", seqs, most)):

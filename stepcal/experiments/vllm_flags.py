@@ -40,7 +40,8 @@ ACTING = _words(
     "model tensor_parallel_size max_model_len max_num_seqs max_num_batched_tokens block_size enable_prefix_caching "
     "async_scheduling gpu_memory_utilization kv_cache_memory_bytes num_gpu_blocks_override kv_cache_dtype "
     "quantization dtype "
-    "kv_offloading_size kv_offloading_backend vllm_version disable_hybrid_kv_cache_manager"
+    "kv_offloading_size kv_offloading_backend vllm_version disable_hybrid_kv_cache_manager "
+    "scheduling_policy long_prefill_token_threshold enable_chunked_prefill"
 )
 """Flags that change what is simulated."""
 REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
@@ -59,9 +60,7 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "disable_sliding_window": ((False,), "windows that are switched off; limit `max_model_len` to the window instead"),
     "kv_transfer_config": (({},), "KV connectors"),
     "ec_transfer_config": (({},), "connectors of encoders"),
-    "scheduling_policy": (("fcfs",), "scheduling policies other than first come, first served"),
-    "enable_chunked_prefill": ((True,), "scheduling without chunked prefill"),
-    "long_prefill_token_threshold": ((0,), "a threshold for long prefills"),
+    "long_prefill_token_threshold_adaptive": ((False,), "a threshold for long prefills that follows the load"),
     "max_num_partial_prefills": ((1,), "several partial prefills at a time"),
     "max_long_partial_prefills": ((1,), "several partial prefills at a time"),
     "num_scheduler_steps": ((1,), "several steps for one scheduling (vLLM V0)"),

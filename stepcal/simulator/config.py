@@ -30,7 +30,6 @@ NOT_MODELLED: dict[str, tuple[Any, str]] = {
     "sliding_window": (None, "sliding-window attention without the layers that have it; give `kv_groups`"),
     "kv_transfer_config": (None, "KV connectors"),
     "kv_offloading_size": (None, "a pool in GiB, which needs the model; give its blocks as `offload_blocks`"),
-    "enable_chunked_prefill": (True, "scheduling without chunked prefill"),
     "long_prefill_token_threshold_adaptive": (False, "a threshold for long prefills that follows the load"),
 }
 
@@ -114,6 +113,9 @@ class ServerConfig:
         Who is served first: who came first, or whose `RequestList.priority` is smallest, and of these who came first.
     long_prefill_token_threshold : int
         Most tokens of one request in a step, 0 for no limit.
+    enable_chunked_prefill : bool
+        Whether a prompt may begin with what is left of a step's token budget (vLLM's default). If not, it waits until all
+        of it fits, or as much as the threshold allows.
 
     Raises
     ------
@@ -136,6 +138,7 @@ class ServerConfig:
     disable_hybrid_kv_cache_manager: bool | None = None
     scheduling_policy: str = "fcfs"
     long_prefill_token_threshold: int = 0
+    enable_chunked_prefill: bool = True
 
     def __post_init__(self) -> None:
         release_of(self.vllm_version)
@@ -175,10 +178,17 @@ class ServerConfig:
                 f"`scheduling_policy` is {self.scheduling_policy!r}; it must be one of {', '.join(SCHEDULING_POLICIES)}."
             )
         threshold = self.long_prefill_token_threshold
-        if not 0 <= threshold <= self.max_model_len:
+        most = self.max_model_len if self.release.bounds_long_prefill_threshold else MOST["max_model_len"]
+        if not 0 <= threshold <= most:
             raise InputError(
-                f"`long_prefill_token_threshold` is {shown(threshold)}; it must be from 0 (no limit) to `max_model_len` "
-                f"({self.max_model_len})."
+                f"`long_prefill_token_threshold` is {shown(threshold)}; it must be from 0 (no limit) to {most} "
+                f"(`max_model_len`, or what can be simulated)."
+            )
+        if not self.enable_chunked_prefill and self.max_num_batched_tokens < self.max_model_len:
+            raise InputError(
+                f"`max_num_batched_tokens` ({self.max_num_batched_tokens}) is below `max_model_len` ({self.max_model_len}): "
+                "without chunked prefill the longest prompt would not fit into a step, and vLLM refuses it. Raise the "
+                "budget, or lower `max_model_len`."
             )
 
     def _check_groups(self) -> None:
@@ -246,7 +256,8 @@ class ServerConfig:
     @property
     def visits_each_request(self) -> bool:
         """Whether the running requests of a step do not all get a token, so that each has to be looked at."""
-        return self.scheduling_policy != "fcfs" or self.long_prefill_token_threshold > 0
+        is_plain = self.scheduling_policy == "fcfs" and self.long_prefill_token_threshold == 0
+        return not (is_plain and self.enable_chunked_prefill)
 
     @property
     def tells_blocks_apart(self) -> bool:

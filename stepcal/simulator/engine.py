@@ -29,7 +29,8 @@ from stepcal.simulator.result import SimulationResult
 from stepcal.simulator.step_record import StepRecorder
 from stepcal.simulator.steptime import CompiledStepTime, StepTime, add_components, dummy_times
 from stepcal.simulator.visiting.kernel import compile_visiting_advance
-from stepcal.simulator.visiting.layout import MOST_VAIN_PREEMPTIONS, grow_slots, lay_out_visits
+from stepcal.simulator.visiting.lay_out import grow_slots, lay_out_visits
+from stepcal.simulator.visiting.layout import MOST_VAIN_PREEMPTIONS
 from stepcal.units import US_PER_S
 
 # Rounds of the compiled loop between two looks at the progress bar and at Ctrl-C; well below a second.

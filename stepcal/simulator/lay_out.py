@@ -11,7 +11,7 @@ from stepcal.simulator.layout import Int32Array, Limits, Pool, Requests, Slots, 
 from stepcal.simulator.load.clients import Clients
 from stepcal.simulator.load.workload import RequestList
 from stepcal.simulator.prefix import PrefixTable, find_shared_prefixes, no_prefixes
-from stepcal.simulator.visiting.layout import SLOTS_PER_SEQUENCE
+from stepcal.simulator.visiting.lay_out import SLOTS_PER_SEQUENCE
 from stepcal.units import US_PER_S
 
 
@@ -43,6 +43,7 @@ def limits_of(
         visits_each=int(server.visits_each_request),
         by_priority=int(server.scheduling_policy == "priority"),
         long_prefill_token_threshold=server.long_prefill_token_threshold,
+        chunks_prompts=int(server.enable_chunked_prefill),
         spares_lone_requests=int(server.release.spares_lone_requests),
         keeps_place_after_preemption=int(server.release.keeps_place_after_preemption),
         admits_whole_sequences=int(server.release.admits_whole_sequences),

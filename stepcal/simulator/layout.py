@@ -131,6 +131,7 @@ class Limits(NamedTuple):
     visits_each: int  # 1: each request is visited in each call, see `visiting`; also the following
     by_priority: int
     long_prefill_token_threshold: int  # most tokens of a request in a call, 0 for no limit
+    chunks_prompts: int
     spares_lone_requests: int  # see `versions.VllmRelease`
     keeps_place_after_preemption: int
     admits_whole_sequences: int  # see `versions.VllmRelease`

@@ -89,6 +89,8 @@ class VllmRelease:
         regular distances, where they are not above the largest one.
     largest_graph_on_blackwell : int
         Largest CUDA graph that is captured on data-centre GPUs of the generation Blackwell, in tokens.
+    bounds_long_prefill_threshold : bool
+        Whether a `long_prefill_token_threshold` above `max_model_len` is refused; elsewhere it has no effect.
     spares_lone_requests : bool
         Whether `long_prefill_token_threshold` does not hold for a request that is alone in the engine.
     keeps_place_after_preemption : bool
@@ -114,6 +116,7 @@ class VllmRelease:
     waits_for_windows_in_flight: bool = False
     keeps_windows_where_prompts_end: bool = False
     drops_groups_with_connector: bool = False
+    bounds_long_prefill_threshold: bool = False
     spares_lone_requests: bool = False
     keeps_place_after_preemption: bool = False
 
@@ -183,6 +186,7 @@ RELEASES = (
         counts_all_batches_in_flight=True,
         waits_for_windows_in_flight=True,
         keeps_windows_where_prompts_end=True,
+        bounds_long_prefill_threshold=True,
         spares_lone_requests=True,
         keeps_place_after_preemption=True,
     ),

@@ -210,7 +210,7 @@ def with_groups(scenario: dict, seed: int, version: str = "0.33.0") -> dict:
 
 
 def with_policies(scenario: dict, seed: int) -> dict:
-    """The scenario with priorities, with a threshold for long prefills, or with both."""
+    """The scenario with priorities, with a threshold for long prefills, or with both; some without chunked prefill."""
     rng = random.Random(seed + 11)
     config, requests = dict(scenario["config"]), [dict(r) for r in scenario["requests"]]
     kind = rng.choice(("priority", "threshold", "both", "both"))
@@ -229,6 +229,13 @@ def with_policies(scenario: dict, seed: int) -> dict:
             request["priority"] = rng.choice(levels)
         if arrivals != "own":
             request["arrival_time"] = 0.0 if arrivals == "equal" else float(rng.randint(0, 5))
+    if rng.random() < 0.15:  # a whole prompt has to fit into a step
+        config["enable_chunked_prefill"] = False
+        longest = max(num_tokens(r["prompt_segments"]) + r["output_tokens"] for r in requests)
+        config["max_model_len"] = longest + rng.choice((0, 1, 100))
+        config["max_num_batched_tokens"] = max(config["max_model_len"], config["max_num_seqs"])
+        if "long_prefill_token_threshold" in config:  # no more than vLLM takes
+            config["long_prefill_token_threshold"] = min(threshold, longest)
     return {**scenario, "name": f"policies-{scenario['name']}", "config": config, "requests": requests}
 
 

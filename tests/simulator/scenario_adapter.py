@@ -35,6 +35,7 @@ def server_of(config: dict) -> ServerConfig:
         vllm_version=config.get("vllm_version", "0.15.1"),
         kv_groups=tuple(KvGroup(kind, window) for kind, window in config.get("kv_groups", [["full", 0]])),
         scheduling_policy=config.get("scheduling_policy", "fcfs"),
+        enable_chunked_prefill=config.get("enable_chunked_prefill", True),
         long_prefill_token_threshold=config.get("long_prefill_token_threshold", 0),
     )
 

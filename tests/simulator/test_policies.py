@@ -130,7 +130,7 @@ def test_many_preempted_requests_wait_behind_more_important_ones() -> None:
     [
         ({"scheduling_policy": "lifo"}, "must be one of fcfs, priority"),
         ({"long_prefill_token_threshold": -1}, "from 0"),
-        ({"long_prefill_token_threshold": 5000}, "to `max_model_len`"),
+        ({"long_prefill_token_threshold": 5000}, "to 4096"),
     ],
 )
 def test_bad_policies_are_refused(changes: dict, message: str) -> None:

@@ -315,6 +315,7 @@ class Scheduler:
         self.max_num_seqs: int = config["max_num_seqs"]
         self.max_num_batched_tokens: int = config["max_num_batched_tokens"]
         self.by_priority: bool = config.get("scheduling_policy", "fcfs") == "priority"
+        self.chunks_prompts: bool = config.get("enable_chunked_prefill", True)
         self.long_prefill_token_threshold: int = config.get("long_prefill_token_threshold", 0)
         self.rules = RULES[config.get("vllm_version", "0.15.1")]
         if "kv_groups" in config:
@@ -392,7 +393,10 @@ class Scheduler:
             cached = self.pool.find_cached(request.tokens)
             hit_tokens = len(cached) * self.pool.block_size
             # A prompt longer than the budget starts with what is left of it, and gets blocks for that chunk only.
-            new_tokens = min(len(request.tokens) - hit_tokens, most_tokens, budget)
+            new_tokens = min(len(request.tokens) - hit_tokens, most_tokens)
+            if new_tokens > budget and not self.chunks_prompts:
+                break
+            new_tokens = min(new_tokens, budget)
             # Newer releases admit a request only if all its tokens would fit, though it gets blocks for the chunk.
             if self.rules.admits_whole_sequences and not self.pool.fits(request, len(request.tokens), cached):
                 break

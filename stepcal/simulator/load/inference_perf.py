@@ -78,7 +78,7 @@ def read_workload(source: str | Path | Mapping[str, Any]) -> Workload:
     )
 
 
-def _lengths(shared: Mapping[str, Any]) -> dict[str, int]:
+def _lengths(shared: Mapping[str, Any]) -> dict[str, Any]:
     """Numbers of prompts and their lengths, under whichever of their names."""
     given = {name: value for name, value in shared.items() if name in _LENGTHS and value is not None}
     for ours in dict.fromkeys(_LENGTHS.values()):

@@ -30,8 +30,8 @@ def replay_requests(table: pd.DataFrame, workload: Workload | None = None) -> Re
     Parameters
     ----------
     table : DataFrame
-        Columns `index`, `arrival_time_us`, `prompt_tokens`, `output_tokens`, and optionally `has_error`; sorted by
-        arrival, one experiment.
+        Columns `index`, `arrival_time_us`, `prompt_tokens`, `output_tokens`, and optionally `has_error` and `priority`;
+        sorted by arrival, one experiment.
     workload : Workload, optional
 
     Returns
@@ -79,9 +79,14 @@ def replay_requests(table: pd.DataFrame, workload: Workload | None = None) -> Re
         segment_content=content,
         segment_tokens=tokens,
         output_tokens=np.full(index.size, workload.output_len, np.int32),
+        priority=workload.priority_of(number) if "priority" not in table.columns else _priority(table),
         stage=np.minimum(np.searchsorted(bounds, rank, side="right"), bounds.size - 1).astype(np.int32),
         index=index,
     )
+
+
+def _priority(table: pd.DataFrame) -> Int32Array | None:
+    return table["priority"].to_numpy(np.int32) if "priority" in table.columns else None
 
 
 def _typical_length(
@@ -113,6 +118,7 @@ def _own_texts(
         segment_tokens=prompt_tokens.astype(np.int64),
         output_tokens=table["output_tokens"].to_numpy(np.int32),
         index=index,
+        priority=_priority(table),
     )
 
 
@@ -122,7 +128,8 @@ def replay_trace(table: pd.DataFrame, *, block_tokens: int = 512) -> RequestList
     Parameters
     ----------
     table : DataFrame
-        Columns `index`, `arrival_time_us`, `prompt_tokens`, `output_tokens`, sorted by arrival. With a column `blocks`,
+        Columns `index`, `arrival_time_us`, `prompt_tokens`, `output_tokens` and optionally `priority`, sorted by arrival.
+        With a column `blocks`,
         lists of ids, each id is a piece of text of `block_tokens` tokens (the last one of a prompt what is left), and
         prompts that begin with the same ids share that prefix. Without, every prompt is its own text.
     block_tokens : int
@@ -150,4 +157,5 @@ def replay_trace(table: pd.DataFrame, *, block_tokens: int = 512) -> RequestList
         segment_tokens=tokens,
         output_tokens=table["output_tokens"].to_numpy(np.int32),
         index=index,
+        priority=_priority(table),
     )

@@ -41,6 +41,9 @@ class Workload:
         Most requests in flight at a time (`num_workers` times `worker_max_concurrency`); the others wait in the client.
     stage_interval_s : float, optional
         Pause after a stage, which ends when all its requests have. None: stages follow by the clock.
+    group_priorities : tuple of int
+        Priority of the requests of each group, for servers with the policy ``priority`` (the smallest is served first);
+        empty: all are 0.
 
     Examples
     --------
@@ -60,6 +63,7 @@ class Workload:
     multi_turn_chat: bool = False
     max_in_flight: int | None = None
     stage_interval_s: float | None = None
+    group_priorities: tuple[int, ...] = ()
 
     @classmethod
     def read(cls, source: str | Path | Mapping[str, Any]) -> "Workload":
@@ -78,6 +82,11 @@ class Workload:
                 raise InputError(
                     f"`{name}` of a shared-prefix workload is {getattr(self, name)}; it must be at most {_MOST_TOKENS}."
                 )
+        if self.group_priorities and len(self.group_priorities) != self.n_groups:
+            raise InputError(
+                f"`group_priorities` has {len(self.group_priorities)} elements; there are {self.n_groups} groups, and each "
+                "needs one."
+            )
         if not self.stages:
             raise InputError("`load.stages` is empty; a workload needs at least one stage with a rate and a duration.")
         if self.n_prompts > _MOST_SEGMENTS:
@@ -99,6 +108,12 @@ class Workload:
     def prompt_len(self) -> int:
         """Tokens of a prompt, in multi-turn chat of the first."""
         return self.system_prompt_len + self.question_len
+
+    def priority_of(self, number: IntArray) -> Int32Array | None:
+        """Priorities of requests by the texts of their prompts, shape (n,); None where all are 0."""
+        if not self.group_priorities:
+            return None
+        return np.array(self.group_priorities, np.int32)[number // self.n_prompts_per_group]
 
     def clients(self) -> Clients:
         """Return how the load generator sends: its cap on requests in flight, and stages that drain."""
@@ -168,6 +183,7 @@ class Workload:
             segment_tokens=tokens,
             output_tokens=np.full(n, self.output_len, np.int32),
             stage=stage,
+            priority=self.priority_of(np.arange(n) % self.n_prompts),
         )
 
     def _conversations(self, arrival_s: np.ndarray, stage: Int32Array) -> RequestList:
@@ -201,4 +217,5 @@ class Workload:
             output_tokens=np.full(n, self.output_len, np.int32),
             output_content=answer.astype(np.int64),
             stage=stage,
+            priority=self.priority_of(user),
         )

@@ -150,13 +150,16 @@ def schedule_running(
 
 @compiled
 def _take_first_blocks(
-    limits: Limits, slots: Slots, pool: Pool, slot: int, chain: int, most_tokens: int
+    limits: Limits, slots: Slots, pool: Pool, slot: int, chain: int, most_tokens: int, budget: int
 ) -> tuple[int, int]:
     """Cached and new blocks for a request's first chunk: its tokens and those cached, or (0, 0) if it does not fit."""
     known = slots.rows.prompt[slot] + slots.rows.generated[slot]
     n_hits = find_hits(limits, pool, slots, slot, chain, known)
     cached = n_hits * limits.block_size
     chunk = min(known - cached, most_tokens)
+    if chunk > budget and not limits.chunks_prompts:
+        return 0, 0
+    chunk = min(chunk, budget)
     if limits.admits_whole_sequences and blocks_missing(limits, pool, slots, slot, known, n_hits, 1) > pool.n.free:
         return 0, 0
     if blocks_missing(limits, pool, slots, slot, cached + chunk, n_hits, 0) > pool.n.free:
@@ -185,7 +188,7 @@ def admit_waiting(
             return
         request = slots.rows.request[slot]
         chain = requests.rows.chain[request]
-        chunk, cached = _take_first_blocks(limits, slots, pool, slot, chain, min(most_tokens, budget))
+        chunk, cached = _take_first_blocks(limits, slots, pool, slot, chain, most_tokens, budget)
         if chunk == 0:
             return
         if visits.waiting.slot[0] >= 0:
