@@ -25,7 +25,13 @@ STEP_TIME = CompiledStepTime(constant_us=1000.0, requests_us=10.0)
 def test_calls_equal_those_of_the_reference(seeds: range, version: str) -> None:
     for seed in seeds:
         scenario = with_groups(random_scenario(seed), seed, version)
-        assert_same(play_calls(scenario), vllm_reference.simulate(scenario))
+        try:
+            expected = vllm_reference.simulate(scenario)
+        except vllm_reference.EndlessError:  # one block short, by a release's own count for chunks of no whole blocks
+            with pytest.raises(InputError, match="waits for ever"):
+                play_calls(scenario)
+            continue
+        assert_same(play_calls(scenario), expected)
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -33,7 +39,12 @@ def test_calls_equal_those_of_the_reference(seeds: range, version: str) -> None:
 def test_times_equal_those_of_the_reference(seeds: range, version: str) -> None:
     for seed in seeds:
         scenario = with_groups(random_timed_scenario(seed), seed, version)
-        expected = vllm_reference.simulate(scenario, vllm_reference.affine_step_time_us(scenario["step_time"]))
+        try:
+            expected = vllm_reference.simulate(scenario, vllm_reference.affine_step_time_us(scenario["step_time"]))
+        except vllm_reference.EndlessError:
+            with pytest.raises(InputError, match="waits for ever"):
+                play_timed(scenario)
+            continue
         assert_same(play_timed(scenario), expected)
         assert_same(play_timed(scenario, record=False), {**expected, "steps": []})
 
