@@ -26,6 +26,8 @@ FOOT = '<div id="stepcal-foot"></div>'
 PRINT_PAGE = "print.html"
 
 _REPAIRS = (
+    # A checksum that the renderer adds from its second run on; the name has one already.
+    (re.compile(r"(mystnb\.[0-9a-f]+\.css)\?v=[0-9a-f]+"), r"\1"),
     # Names that leave out a part of what is seen: the text inside is the name.
     (re.compile(r'(<button class="btn search-button-field[^>]*?) aria-label="Search"'), r"\1"),
     (re.compile(r'(<button class="btn[^"]*theme-switch-button[^>]*?) aria-label="Color mode"'), r"\1"),
