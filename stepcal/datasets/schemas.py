@@ -73,7 +73,7 @@ REQUEST_SCHEMA = pa.DataFrameSchema(
         "e2e_s": number("From sending to the last token, or to giving up.", "s", above=0, nullable=True),
         "ttft_s": number("From sending to the first token.", "s", above=0, nullable=True),
         "priority": integer(
-            "Which requests a server with priorities serves first: the smallest.", "", minimum=None, required=False
+            "Which requests a server with priorities serves first: the smallest.", "1", minimum=None, required=False
         ),
     },
     checks=[
