@@ -211,8 +211,8 @@ def note_empty_call(limits: Limits, state: State, record: Record) -> bool:
     if record.keep_empty:
         end = float(state.n_calls) if limits.counts_calls else max(state.now_us, state.gpu_free_us)
         put_in_flight(state, state.n_calls, end, False)
-    elif state.n_in_flight + state.n_running == 0:
-        return False
+    elif state.n_in_flight + state.n_running == 0 and (state.is_blocked or not limits.has_groups):
+        return False  # with groups, a lone request can have preempted itself, and is admitted again
     state.n_calls += 1
     return True
 
