@@ -123,6 +123,9 @@ def calibrate(
     write_atomically(out, json_text(file))
     result: dict[str, Any] = {
         "file": str(out),
+        "learned": judgement.calibration.learned,
+        "log_odds": judgement.calibration.log_odds,
+        "error_factor": judgement.calibration.error_factor,
         "determined": list(judgement.calibration.determined),
         "parameters": [dict(p) for p in file.parameters],
         "errors": judgement.errors.to_dict("records"),
@@ -135,22 +138,52 @@ def calibrate(
 
 
 def _calibration_lines(result: dict[str, Any], judgement: Any, prior: str, out: Path) -> list[str]:
+    from stepcal.servers.coefficient_file import learned_words
+
     fitted = judgement.calibration
-    lines = [f"{out}: {len(fitted.determined)} of {len(fitted.parameters)} parameters are determined by the data"]
+    lines = [f"{out}: {learned_words(fitted)} (prior: {prior})"]
+    if fitted.learned:
+        lines.append(
+            f"  odds against the prior's values: e^{fitted.log_odds:.1f} to 1; all else keeps the prior's values"
+        )
+    lines.append(
+        f"{len(fitted.determined)} of {len(fitted.parameters)} parameters are determined by the data (95% intervals)"
+    )
     for p in result["parameters"]:
         if "low" not in p:
             continue
-        held = "" if p["identified"] else f"   held by the prior ({prior})"
-        lines.append(f"  {p['name']:<26}{p['value']:>12.4g} {p['unit']:<4} [{p['low']:.4g}, {p['high']:.4g}]{held}")
+        state = _state(p, p["name"] in fitted.moved)
+        lines.append(f"  {p['name']:<26}{p['value']:>12.4g} {p['unit']:<4} [{p['low']:.4g}, {p['high']:.4g}]   {state}")
     lines.append("signed error of means (%), before -> after")
     for table in (judgement.errors, judgement.left_out):
         for (run, part, metric), rows in table.groupby(["run", "part", "metric"], sort=False):
             by = dict(zip(rows["model"], rows["error_percent"], strict=True))
             lines.append(f"  {run:<34}{part:<12}{metric:<6}{by['before']:>+8.1f} ->{by['after']:>+7.1f}")
+    lines += _left_out_lines(judgement.left_out)
     sd = judgement.log_sd
     if math.isfinite(sd):
         lines.append(f"E2E out of sample: {100 * sd:.1f}% root mean square over {judgement.n_out} figures")
     return lines
+
+
+def _state(parameter: dict[str, Any], is_moved: bool) -> str:
+    """What the logs say of a parameter, in words."""
+    if is_moved:
+        return "learned"
+    if not parameter["low"] <= parameter["value"] <= parameter["high"]:
+        return "in doubt: the odds do not ask for a change, more stages may"
+    return "as the prior has it" if parameter["identified"] else "held by the prior"
+
+
+def _left_out_lines(left_out: Any) -> list[str]:
+    """Whether calibrating helped on stages that it did not see: the only errors here that no fit saw."""
+    e2e = left_out[left_out["metric"] == "e2e"]
+    if e2e.empty:
+        return ["no stage could be left out: that the calibration helps elsewhere is not shown by these logs"]
+    size = e2e["error_percent"].abs().groupby(e2e["model"]).mean()
+    before, after = float(size["before"]), float(size["after"])
+    word = "kept" if after == before else "better" if after < before else "WORSE: keep the prior"
+    return [f"stages left out, mean absolute error of E2E: {before:.1f}% before, {after:.1f}% after: {word}"]
 
 
 def demo(

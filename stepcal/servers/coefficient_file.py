@@ -12,6 +12,7 @@ import numpy as np
 
 from stepcal.exchange.convert import read_any
 from stepcal.exchange.stepml import StepmlFile
+from stepcal.servers.calibration import ServerCalibration
 from stepcal.servers.capacity import NORMAL_95
 from stepcal.servers.judgement import Judgement
 from stepcal.servers.log import ServedLog
@@ -113,12 +114,19 @@ def calibrated_file(
         parameters.append(entry)
     sample = f"{judgement.n_out} test parts and left-out stages of {len(logs)} runs, root mean square of log E2E"
     about = {
-        "description": f"Calibrated on {', '.join(log.run for log in logs)}, prior {prior}",
+        "description": f"Calibrated on {', '.join(log.run for log in logs)}, prior {prior}; {learned_words(fitted)}",
         "validity": judgement.validity.document(),
         "errors": {"log_sd": judgement.log_sd, "sample": sample},
         "provenance": {"runs_sha256": dict(hashes), "prior": prior, "stepcal": version("stepcal")},
     }
     return StepmlFile(fitted.coefficients.variant, tuple(parameters), about)
+
+
+def learned_words(fitted: ServerCalibration) -> str:
+    """Say what was learned, or that the prior was kept."""
+    if not fitted.learned:
+        return "nothing learned: the data agree with the prior within the error that it is known to have"
+    return "learned " + ", ".join(f"{name} x {factor:.3g}" for name, factor in fitted.learned.items())
 
 
 def known_spreads(name_or_path: str) -> dict[str, float]:

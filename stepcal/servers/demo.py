@@ -16,7 +16,8 @@ import numpy as np
 from stepcal.errors import InputError
 from stepcal.experiments.options import deployment_from
 from stepcal.files import write_atomically
-from stepcal.servers.calibration import blocks_of
+from stepcal.servers.blocks import BLOCK_LOG_SD, blocks_of, figures_of
+from stepcal.servers.error_model import StageError, factor_slopes
 from stepcal.servers.log import ServedLog, summarise
 from stepcal.servers.replay import replayed_latencies_s, with_values
 from stepcal.simulator import LoadStage, RequestList, empirical_lengths, generate_arrivals
@@ -34,11 +35,9 @@ DEMO_SERVER = {
     "max_model_len": 4_096,
 }
 """Server of the demo: a model and a GPU that ship."""
-DEMO_FACTORS = {"attention_scale": 0.9, "api_before_us": 0.7}
+DEMO_FACTORS = {"attention_scale": 0.9, "api_before_us": 0.5}
 """How its truth differs from the shipped model."""
 DEMO_RATES_PER_S, DEMO_STAGE_S = (2.0, 4.0, 6.0, 8.0), 120.0
-BLOCK_LOG_SD = {"tpot": 0.01, "ttft": 0.05}
-"""Error of a block of time, as a calibration expects it (`stepcal.servers.calibration.MODEL_LOG_SD`)."""
 _LENGTHS = {"prompt": (64, 1_536), "output": (32, 400)}
 
 
@@ -76,9 +75,10 @@ def simulated_log(
     *,
     seed: int,
     block_log_sd: Mapping[str, float] = BLOCK_LOG_SD,
+    stage_error: StageError | None = None,
     run: str = "simulated",
 ) -> ServedLog:
-    """Return the log of a simulated server whose blocks of time err by known standard deviations.
+    """Return the log of a simulated server whose blocks of time, and stages of load, err by known standard deviations.
 
     Parameters
     ----------
@@ -88,18 +88,28 @@ def simulated_log(
     seed : int
     block_log_sd : mapping
         Of `tpot` and `ttft`; zeros for a server that is the model exactly.
+    stage_error : StageError, optional
+        Errors of stages, as a calibration expects them of real servers; by default there are none.
     run : str
     """
     requests = requests_of_load(load, seed=seed)
     nothing = summarise(np.full(len(requests), np.nan), np.full(len(requests), np.nan), requests.output_tokens, 0)
     log = ServedLog(run, deployment, requests, None, None, nothing)
     e2e, ttft = replayed_latencies_s(log, truth)
+    exact = replace(log, e2e_s=e2e, ttft_s=ttft)
+    everything = np.ones(len(requests), dtype=bool)
     rng = np.random.Generator(np.random.PCG64([seed, 1]))
     decode = e2e - ttft
-    everything = np.ones(len(requests), dtype=bool)
-    for block in blocks_of([replace(log, e2e_s=e2e, ttft_s=ttft)], [everything]):
+    for block in blocks_of([exact], [everything]):
         decode[block.chosen] *= np.exp(rng.normal() * block_log_sd["tpot"])
         ttft[block.chosen] *= np.exp(rng.normal() * block_log_sd["ttft"])
+    if stage_error is not None:
+        stages = blocks_of([exact], [everything], 1)
+        slopes = factor_slopes([exact], stages, truth)
+        step, first = rng.normal(size=(2, len(stages))) * [[stage_error.step_log_sd], [stage_error.ttft_log_sd]]
+        for (block, name), slope in zip(figures_of(stages), slopes, strict=True):
+            i = stages.index(block)
+            (decode if name == "tpot" else ttft)[block.chosen] *= np.exp(slope * step[i] + (name == "ttft") * first[i])
     return _with_latencies(log, decode + ttft, ttft)
 
 

@@ -14,13 +14,14 @@ from typing import Any
 import numpy as np
 
 from stepcal.errors import InputError
+from stepcal.servers.blocks import BLOCK_LOG_SD
 from stepcal.servers.calibration import (
     DETERMINED_SHRINKAGE,
     DIFFERENCE_STEP,
-    MODEL_LOG_SD,
     parameters_that_act,
 )
 from stepcal.servers.capacity import NORMAL_95, Server
+from stepcal.servers.error_model import FACTOR_LOG_STEP, STAGE_ERRORS
 from stepcal.servers.load import PlannedLoad
 from stepcal.servers.predict import step_batch
 from stepcal.servers.replay import with_values
@@ -184,11 +185,10 @@ def _jacobian(
         seed=seed,
     )
 
-    def figures(values: dict[str, float]) -> FloatArray:
-        server = Server.of(with_values(coefficients, values), deployment)
+    def figures(values: dict[str, float], log_factor: float = 0.0) -> FloatArray:
+        server = Server.of(with_values(coefficients, values), deployment).slower(float(np.exp(log_factor)))
         latencies = server.latencies_ms(load, stage.rate_per_s)
-        whitened = [np.log(np.nanmean(latencies[name])) / sd for name, sd in MODEL_LOG_SD.items()]
-        return np.array(whitened, dtype=np.float64)
+        return np.log([np.nanmean(latencies[name]) for name in BLOCK_LOG_SD])
 
     columns = []
     for p, sd in zip(parameters, spread, strict=True):
@@ -196,7 +196,11 @@ def _jacobian(
         value = coefficients.values[p.name]
         up, down = (figures({p.name: value * float(np.exp(s))}) for s in (step, -step))
         columns.append((up - down) / (2 * step))
-    return np.column_stack(columns)
+    error = STAGE_ERRORS[coefficients.variant]
+    slopes = (figures({}, FACTOR_LOG_STEP) - figures({}, -FACTOR_LOG_STEP)) / (2 * FACTOR_LOG_STEP)
+    covariance = np.diag([sd**2 for sd in BLOCK_LOG_SD.values()]) + error.step_log_sd**2 * np.outer(slopes, slopes)
+    covariance += error.ttft_log_sd**2 * np.diag([float(name == "ttft") for name in BLOCK_LOG_SD])
+    return np.asarray(np.linalg.solve(np.linalg.cholesky(covariance), np.column_stack(columns)), dtype=np.float64)
 
 
 def vllm_bench_script(recipe: Design, model: str) -> str:

@@ -25,6 +25,8 @@ from stepcal.units import MS_PER_S, US_PER_S, FloatArray, IntArray
 QUANTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
 METRICS = ("e2e", "ttft", "tpot")
 WHOLE = "whole"
+REDRAWS = 4
+"""Draws of arrivals that tell how much a mean depends on them, for runs whose own are not known."""
 ENGINE_SIDE = ("otlp", "llmservingsim")
 """Tools whose latencies are the engine's own: the API server's time is not in them."""
 
@@ -53,6 +55,8 @@ class ServedLog:
     stream_events : ndarray or None
         Events with output of each request, NaN where not counted.
     notes : tuple of str
+    redraws : tuple of RequestList
+        The same load with other arrivals, where those of the run are not known and `requests` are one draw of them.
     """
 
     run: str
@@ -66,6 +70,7 @@ class ServedLog:
     is_engine_side: bool = False
     stream_events: FloatArray | None = None
     notes: tuple[str, ...] = ()
+    redraws: tuple[RequestList, ...] = ()
 
     @property
     def stage(self) -> IntArray:
@@ -182,6 +187,10 @@ def log_of(experiment: Experiment, known: pd.DataFrame, *, seed: int = 0) -> Ser
     """Turn a measured experiment into a log; without single requests its arrivals are generated."""
     requests = experiment.arrivals(experiment.default_process, seed=seed)
     e2e = ttft = None
+    redraws: tuple[RequestList, ...] = ()
+    if experiment.requests is None:
+        seeds = range(seed + 1, seed + 1 + REDRAWS)
+        redraws = tuple(experiment.arrivals(experiment.default_process, seed=s) for s in seeds)
     if experiment.requests is not None:
         failed = experiment.requests["has_error"].to_numpy(dtype=bool)
         e2e = np.where(failed, np.nan, experiment.requests["e2e_s"].to_numpy(dtype=float))
@@ -196,6 +205,7 @@ def log_of(experiment: Experiment, known: pd.DataFrame, *, seed: int = 0) -> Ser
         summaries=summaries.reset_index(drop=True),
         timeout_s=experiment.workload.timeout_s,
         notes=experiment.notes,
+        redraws=redraws,
     )
 
 

@@ -30,23 +30,38 @@ FARTHEST = 3.0
 
 @dataclass(frozen=True)
 class Belief:
-    """Bounds and log-normal priors of parameters, all as logarithms of shape (n_parameters,)."""
+    """Bounds and log-normal priors of parameters, as logarithms of shape (n_parameters,).
+
+    Attributes
+    ----------
+    prior, low, high : ndarray
+    whitener : ndarray, shape (n_parameters, n_parameters)
+        Turns deviations from the prior into independent ones of unit variance.
+    """
 
     prior: FloatArray
-    spread: FloatArray
     low: FloatArray
     high: FloatArray
+    whitener: FloatArray
 
     @classmethod
-    def of(cls, parameters: Sequence[LearnedParameter], prior: FloatArray) -> Belief:
-        """Build from parameters, around the logarithms of their prior values."""
+    def of(cls, parameters: Sequence[LearnedParameter], prior: FloatArray, common: FloatArray | None = None) -> Belief:
+        """Build from parameters, around the logarithms of their prior values; `common` is what they move by together."""
         low, high = np.log([[p.low for p in parameters], [p.high for p in parameters]])
-        return cls(prior, np.array([p.prior_log_sd for p in parameters]), low, high)
+        covariance = np.diag([p.prior_log_sd**2 for p in parameters])
+        if common is not None:
+            covariance = covariance + np.outer(common, common)
+        return cls(prior, low, high, np.asarray(np.linalg.inv(np.linalg.cholesky(covariance)), dtype=np.float64))
+
+    @property
+    def precision(self) -> FloatArray:
+        """Inverse of the prior's covariance."""
+        return self.whitener.T @ self.whitener
 
     def log_density(self, x: FloatArray) -> FloatArray:
         """Logarithm of the prior's density, up to a constant, at points of shape (n_points, n_parameters)."""
         inside = ((x >= self.low) & (x <= self.high)).all(axis=1)
-        return np.where(inside, -0.5 * (((x - self.prior) / self.spread) ** 2).sum(axis=1), -np.inf)
+        return np.where(inside, -0.5 * (((x - self.prior) @ self.whitener.T) ** 2).sum(axis=1), -np.inf)
 
 
 @dataclass(frozen=True)
@@ -102,7 +117,7 @@ def draw(
         Logarithms.
     """
     rng = np.random.Generator(np.random.PCG64(seed))
-    covariance = np.linalg.inv(jacobian.T @ jacobian + np.diag(belief.spread**-2))
+    covariance = np.linalg.inv(jacobian.T @ jacobian + belief.precision)
     emulator = Quadratic.linear(fit, at_fit, jacobian)
     draws = _walk(belief, emulator, covariance, rng)
     n_points = int(POINTS_A_COEFFICIENT * len(emulator.coefficients))

@@ -70,7 +70,8 @@ def test_a_recipe_narrows_every_interval_and_knows_what_is_known(deployment: Dep
     assert sum(s.duration_s for s in recipe.stages) == pytest.approx(400.0)
     for e in recipe.expected:
         assert e.prior_low <= e.low < e.value < e.high <= e.prior_high
-    assert sum(e.is_determined for e in recipe.expected) >= 3
+    assert any(e.is_determined for e in recipe.expected)
+    assert all(e.gains > 0 for e in recipe.expected)
     tight = design(prior, parameters, deployment, n_stages=1, known_log_sd={"layer_us": 1e-3})
     layer = next(e for e in tight.expected if e.name == "layer_us")
     assert layer.gains < 0.01  # nothing is left to learn of it

@@ -51,7 +51,8 @@ def first_stage_table(
     -------
     DataFrame
         `set` (the 16, the 31), `run`, `accelerator`, `bytes_per_weight`, `before_percent`, `after_percent` (signed errors of
-        the second stage's mean E2E), `first_before_percent`, `first_after_percent` (in sample), `determined`.
+        the second stage's mean E2E), `first_before_percent`, `first_after_percent` (in sample), `learned` (in what
+        the run differs from the prior; empty where the prior is kept), `log_odds` of that.
     """
     logs = [(SIXTEEN, log_of(e, measured_latencies(e))) for e in load_experiments(requests)]
     logs += [(THIRTY_ONE, log_of(experiment, known)) for experiment, known in transfer_cases()]
@@ -77,7 +78,7 @@ def _row(name: str, log: ServedLog, prior: str) -> dict[str, Any]:
         e2e, _ = replayed_latencies_s(log, coefficients)
         row[f"{word}_percent"] = _error_percent(log, e2e, SECOND)
         row[f"first_{word}_percent"] = _error_percent(log, e2e, FIRST)
-    return {**row, "determined": " ".join(fitted.determined)}
+    return {**row, "learned": " ".join(fitted.learned), "log_odds": fitted.log_odds}
 
 
 def _first_stage(log: ServedLog) -> np.ndarray:
