@@ -15,15 +15,19 @@ import pandas as pd
 from stepcal.datasets import experiments, measured, peers, published_blis
 from stepcal.datasets.lifecycle import WHOLE_RUN
 from stepcal.errors import InputError
-from stepcal.step_time.coefficients import DEFAULT
+from stepcal.step_time.kernel_parameters import KERNEL_PARAMETERS
+from stepcal.step_time.learned import KERNELS, PHYSICAL
 from stepcal.step_time.physical_parameters import API_PARAMETERS, STEP_PARAMETERS
 from stepcal.units import PERCENT
 
-OURS = "ours: default, in sample"
-OURS_LEFT_OUT = "ours: model left out"
+OURS = "ours: measured kernels, the default, in sample"
+OURS_LEFT_OUT = "ours: measured kernels, model left out"
+EARLIER = "ours: datasheets, default of 2026-11-24, in sample"
+EARLIER_LEFT_OUT = "ours: datasheets, model left out"
 OURS_INFERRED_SETTINGS = 2
 """The size of the offload pool, and that generated tokens are stored in it: read off these runs' labels, not published."""
-OURS_FITTED_NUMBERS = len(STEP_PARAMETERS) + len(API_PARAMETERS) + OURS_INFERRED_SETTINGS
+OURS_FITTED_NUMBERS = len(KERNEL_PARAMETERS) + OURS_INFERRED_SETTINGS
+EARLIER_FITTED_NUMBERS = len(STEP_PARAMETERS) + len(API_PARAMETERS) + OURS_INFERRED_SETTINGS
 FOUR_A_MODEL = "R4 direct calibration (4 coefficients per model, in sample)"
 EVOLVED = "R3 CMA-ES (in sample)"
 COEFFICIENTS_A_MODEL = 4
@@ -54,12 +58,16 @@ def measured_means() -> pd.DataFrame:
     return wide.assign(events_per_token=wide["tpot"] / wide["itl"])
 
 
-def our_errors(errors: pd.DataFrame, folds: pd.DataFrame) -> pd.DataFrame:
-    """Return our errors: the default on whole runs, and each run by the numbers fitted without its model.
+def our_errors(
+    errors: pd.DataFrame, folds: pd.DataFrame, earlier_errors: pd.DataFrame, earlier_folds: pd.DataFrame
+) -> pd.DataFrame:
+    """Return our errors: both defaults on whole runs, and each run by the numbers fitted without its model.
 
     Parameters
     ----------
     errors, folds : DataFrame
+        Tables of `stepcal.studies.kernels.kernel_model.run_kernel_model`.
+    earlier_errors, earlier_folds : DataFrame
         Tables of `stepcal.studies.physical_model.run_physical_model`.
 
     Returns
@@ -67,12 +75,20 @@ def our_errors(errors: pd.DataFrame, folds: pd.DataFrame) -> pd.DataFrame:
     DataFrame
         `COLUMNS`; the ITL error is that of our time per output token against the published ITL.
     """
-    whole = errors[(errors["variant"] == DEFAULT) & (errors["split"] == "whole")].assign(method=OURS)
-    left_out = folds[folds["leave_out"] == "model"].assign(method=OURS_LEFT_OUT)
-    table = pd.concat([whole, left_out], ignore_index=True)
+    parts = [
+        _whole(errors, KERNELS.variant).assign(method=OURS),
+        _whole(folds, KERNELS.variant).assign(method=OURS_LEFT_OUT),
+        _whole(earlier_errors, PHYSICAL.variant).assign(method=EARLIER),
+        earlier_folds[earlier_folds["leave_out"] == "model"].assign(method=EARLIER_LEFT_OUT),
+    ]
+    table = pd.concat(parts, ignore_index=True)
     events = table["experiment_id"].map(measured_means()["events_per_token"])
     itl = PERCENT * ((1.0 + table["tpot_error_percent"] / PERCENT) * events - 1.0)
     return table.assign(itl_error_percent=itl)[list(COLUMNS)]
+
+
+def _whole(table: pd.DataFrame, variant: str) -> pd.DataFrame:
+    return table[(table["variant"] == variant) & (table["split"] == "whole")]
 
 
 def round_errors() -> pd.DataFrame:
@@ -183,6 +199,8 @@ def fitted_numbers(method: str, experiment_ids: Iterable[str]) -> int | None:
     """Return how many numbers a method fitted to these experiments; None where that is not published."""
     if method in (OURS, OURS_LEFT_OUT):
         return OURS_FITTED_NUMBERS
+    if method in (EARLIER, EARLIER_LEFT_OUT):
+        return EARLIER_FITTED_NUMBERS
     if method != FOUR_A_MODEL:
         return None
     table = experiments()
