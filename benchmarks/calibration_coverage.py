@@ -13,11 +13,11 @@ import numpy as np
 from joblib import Parallel, delayed
 
 from stepcal.experiments.options import deployment_from
-from stepcal.servers.blocks import BLOCK_LOG_SD, blocks_of
 from stepcal.servers.calibration import calibrate_server, gpu_speed
 from stepcal.servers.capacity import NORMAL_95
 from stepcal.servers.demo import DEMO_SERVER, Load, simulated_log
-from stepcal.servers.error_model import FREEDOM, STAGE_ERRORS, StageError, factor_slopes
+from stepcal.servers.inference.blocks import BLOCK_LOG_SD, blocks_of
+from stepcal.servers.inference.error_model import FREEDOM, STAGE_ERRORS, StageError, factor_slopes
 from stepcal.servers.priors import prior_of
 from stepcal.servers.replay import replayed_latencies_s, with_values
 from stepcal.simulator import LoadStage

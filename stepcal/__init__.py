@@ -9,10 +9,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from stepcal.calibration.from_experiments import calibrate
     from stepcal.evaluation.evaluate import evaluate
     from stepcal.evaluation.verdict import judge
     from stepcal.experiments.experiment import Experiment
+    from stepcal.servers.from_experiments import calibrate
     from stepcal.simulator.load.shared_prefix import Workload
     from stepcal.specs.architecture import ModelArchitecture
     from stepcal.specs.deployment import Deployment
@@ -41,7 +41,7 @@ _HOMES = {
     "ModelArchitecture": "stepcal.specs.architecture:ModelArchitecture",
     "StepTimeModel": "stepcal.step_time.coefficients:StepTimeModel",
     "Workload": "stepcal.simulator.load.shared_prefix:Workload",
-    "calibrate": "stepcal.calibration.from_experiments:calibrate",
+    "calibrate": "stepcal.servers.from_experiments:calibrate",
     "evaluate": "stepcal.evaluation.evaluate:evaluate",
     "judge": "stepcal.evaluation.verdict:judge",
     "simulate": "stepcal.step_time.serve:simulate",

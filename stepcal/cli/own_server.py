@@ -152,7 +152,7 @@ def _calibration_lines(result: dict[str, Any], judgement: Any, prior: str, out: 
     for p in result["parameters"]:
         if "low" not in p:
             continue
-        state = _state(p, p["name"] in fitted.moved)
+        state = fitted.state(p["name"])
         lines.append(f"  {p['name']:<26}{p['value']:>12.4g} {p['unit']:<4} [{p['low']:.4g}, {p['high']:.4g}]   {state}")
     lines.append("signed error of means (%), before -> after")
     for table in (judgement.errors, judgement.left_out):
@@ -164,15 +164,6 @@ def _calibration_lines(result: dict[str, Any], judgement: Any, prior: str, out: 
     if math.isfinite(sd):
         lines.append(f"E2E out of sample: {100 * sd:.1f}% root mean square over {judgement.n_out} figures")
     return lines
-
-
-def _state(parameter: dict[str, Any], is_moved: bool) -> str:
-    """What the logs say of a parameter, in words."""
-    if is_moved:
-        return "learned"
-    if not parameter["low"] <= parameter["value"] <= parameter["high"]:
-        return "in doubt: the odds do not ask for a change, more stages may"
-    return "as the prior has it" if parameter["identified"] else "held by the prior"
 
 
 def _left_out_lines(left_out: Any) -> list[str]:

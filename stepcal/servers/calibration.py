@@ -1,9 +1,9 @@
 """``stepcal calibrate``: what one server's request logs say of the parameters, with the shipped model as prior.
 
 The log is sent again in the simulator (closed loop), and over blocks of time the errors ``log predicted - log measured``
-are compared with those that the model is expected to keep (`stepcal.servers.error_model`). Two questions follow.
-*Does the server differ from the prior?* Only parameters that the log speaks for move (`stepcal.servers.learning`); the
-others keep the prior's values. *What may each parameter be?* Intervals are of the posterior of all of them together.
+are compared with those that the model is expected to keep (`stepcal.servers.inference.error_model`). Two questions follow.
+*Does the server differ from the prior?* Only parameters that the log speaks for move, the others keep the prior's values
+(`stepcal.servers.inference.learning`). *What may each parameter be?* Intervals are of the posterior of all of them together.
 """
 
 from __future__ import annotations
@@ -16,11 +16,19 @@ from scipy.optimize import least_squares
 from threadpoolctl import threadpool_limits
 
 from stepcal.errors import InputError
-from stepcal.servers.blocks import BLOCKS, SMALLEST_BLOCK, Block, blocks_of, figures_of, log_errors, training_mask
-from stepcal.servers.error_model import ErrorModel, error_model_at
-from stepcal.servers.learning import GPU_SPEED_LOG_SD, OFF_GPU, directions_of, learn, linear_evidence
+from stepcal.servers.inference.blocks import (
+    BLOCKS,
+    SMALLEST_BLOCK,
+    Block,
+    blocks_of,
+    figures_of,
+    log_errors,
+    training_mask,
+)
+from stepcal.servers.inference.error_model import ErrorModel, error_model_at
+from stepcal.servers.inference.learning import GPU_SPEED_LOG_SD, OFF_GPU, directions_of, learn, linear_evidence
+from stepcal.servers.inference.posterior import Belief, draw
 from stepcal.servers.log import ServedLog
-from stepcal.servers.posterior import Belief, draw
 from stepcal.servers.replay import replayed_latencies_s, with_values
 from stepcal.specs.deployment import Deployment
 from stepcal.step_time.coefficients import StepTimeModel
@@ -35,6 +43,8 @@ TAIL = 0.025
 DIFFERENCE_STEP = 0.1
 """Largest step of central differences in the logarithm; half the prior's spread where that is less. Single requests that
 change batches jitter a block's mean by 1e-4: a step of 4e-3 turned that into information that the data do not hold."""
+AT_BOUND = 1.001
+"""A value that is nearer to the bound of its search than by this factor is at it."""
 SMALL_CHANGE = 1e-3
 MAX_EVALUATIONS = 12
 CONVERGED = 1e-3
@@ -87,6 +97,24 @@ class ServerCalibration:
         along = {d.name: d.column for d in directions_of(self.parameters)}
         is_moved = sum((along[name] for name in self.learned), np.zeros(len(self.parameters))) > 0
         return tuple(p.name for p, moved in zip(self.parameters, is_moved, strict=True) if moved)
+
+    def state(self, name: str) -> str:
+        """What the data say of a parameter, in words: learned, or why it has the prior's value."""
+        low, high = self.interval(name)
+        if name in self.moved:
+            return (
+                "learned, up to its bound: look for a mistake with `stepcal check`"
+                if self._at_bound(name)
+                else "learned"
+            )
+        if not low <= self.coefficients.values[name] <= high:
+            return "in doubt: the odds ask for no change, more stages may"
+        return "as the prior has it" if name in self.determined else "held by the prior"
+
+    def _at_bound(self, name: str) -> bool:
+        """Whether a value is as far as the search goes."""
+        p = next(p for p in self.parameters if p.name == name)
+        return not p.low * AT_BOUND < self.coefficients.values[name] < p.high / AT_BOUND
 
     def interval(self, name: str) -> tuple[float, float]:
         """95% interval of a parameter."""

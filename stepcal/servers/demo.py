@@ -16,8 +16,8 @@ import numpy as np
 from stepcal.errors import InputError
 from stepcal.experiments.options import deployment_from
 from stepcal.files import write_atomically
-from stepcal.servers.blocks import BLOCK_LOG_SD, blocks_of, figures_of
-from stepcal.servers.error_model import StageError, factor_slopes
+from stepcal.servers.inference.blocks import BLOCK_LOG_SD, blocks_of, figures_of
+from stepcal.servers.inference.error_model import StageError, factor_slopes
 from stepcal.servers.log import ServedLog, summarise
 from stepcal.servers.replay import replayed_latencies_s, with_values
 from stepcal.simulator import LoadStage, RequestList, empirical_lengths, generate_arrivals

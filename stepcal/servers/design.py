@@ -14,14 +14,14 @@ from typing import Any
 import numpy as np
 
 from stepcal.errors import InputError
-from stepcal.servers.blocks import BLOCK_LOG_SD
 from stepcal.servers.calibration import (
     DETERMINED_SHRINKAGE,
     DIFFERENCE_STEP,
     parameters_that_act,
 )
 from stepcal.servers.capacity import NORMAL_95, Server
-from stepcal.servers.error_model import FACTOR_LOG_STEP, STAGE_ERRORS
+from stepcal.servers.inference.blocks import BLOCK_LOG_SD
+from stepcal.servers.inference.error_model import FACTOR_LOG_STEP, STAGE_ERRORS
 from stepcal.servers.load import PlannedLoad
 from stepcal.servers.predict import step_batch
 from stepcal.servers.replay import with_values

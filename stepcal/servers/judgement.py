@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from stepcal.servers.blocks import TRAIN_SHARE, VALIDATION_SHARE, training_mask
 from stepcal.servers.calibration import ServerCalibration, calibrate_server
+from stepcal.servers.inference.blocks import TRAIN_SHARE, VALIDATION_SHARE, training_mask
 from stepcal.servers.log import METRICS, ServedLog
 from stepcal.servers.replay import replayed_latencies_s
 from stepcal.servers.validity import Validity

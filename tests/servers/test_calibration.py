@@ -13,13 +13,13 @@ from typer.testing import CliRunner
 
 from stepcal.cli.main import app
 from stepcal.errors import InputError
-from stepcal.servers.blocks import blocks_of, figures_of, training_mask
 from stepcal.servers.calibration import calibrate_server, gpu_speed
 from stepcal.servers.coefficient_file import load_known
 from stepcal.servers.demo import DEMO_FACTORS, Load, demo_truth, simulated_log, write_demo
-from stepcal.servers.error_model import STAGE_ERRORS, arrivals_log_sd, error_model_at, factor_slopes
+from stepcal.servers.inference.blocks import blocks_of, figures_of, training_mask
+from stepcal.servers.inference.error_model import STAGE_ERRORS, arrivals_log_sd, error_model_at, factor_slopes
+from stepcal.servers.inference.learning import GPU_SPEED, OFF_GPU
 from stepcal.servers.judgement import judge_calibration
-from stepcal.servers.learning import GPU_SPEED, OFF_GPU
 from stepcal.servers.log import ServedLog
 from stepcal.servers.priors import prior_of
 from stepcal.servers.replay import replayed_latencies_s, with_values
@@ -236,3 +236,14 @@ def test_a_truth_predicts_itself(exact_log: MakeLog) -> None:
     log = exact_log((5.0,))
     e2e, _ = replayed_latencies_s(log, demo_truth())
     np.testing.assert_allclose(e2e, log.e2e_s, rtol=1e-12)
+
+
+def test_a_parameter_at_its_bound_is_said_to_be(exact_log: MakeLog) -> None:
+    """A log that no value of a parameter explains points to a mistake, not to the parameter."""
+    prior, parameters = prior_of("default")
+    log = exact_log((3.0,), seconds=60.0)
+    assert log.e2e_s is not None
+    assert log.ttft_s is not None
+    seconds_for_minutes = replace(log, e2e_s=log.e2e_s / 60.0, ttft_s=log.ttft_s / 60.0)
+    fitted = calibrate_server([seconds_for_minutes], prior, parameters)
+    assert any("look for a mistake" in fitted.state(name) for name in fitted.moved)

@@ -17,8 +17,8 @@ from stepcal.calibration.closed_loop import Run, prepare_runs, workload_jacobian
 from stepcal.datasets import load_requests
 from stepcal.evaluation.cross_validation import folds
 from stepcal.experiments.latencies import measured_latencies
-from stepcal.servers.blocks import blocks_of, figures_of, log_errors
-from stepcal.servers.error_model import factor_slopes
+from stepcal.servers.inference.blocks import blocks_of, figures_of, log_errors
+from stepcal.servers.inference.error_model import factor_slopes
 from stepcal.servers.log import log_of
 from stepcal.servers.replay import replayed_latencies_s, with_values
 from stepcal.step_time.coefficients import StepTimeModel, load_coefficients
@@ -80,7 +80,7 @@ def _stages(run: Run, coefficients: StepTimeModel) -> pd.DataFrame:
 
 
 def root_mean_squares(table: pd.DataFrame) -> dict[str, float]:
-    """Return the size of both errors, as `stepcal.servers.error_model.STAGE_ERRORS` has them."""
+    """Return the size of both errors, as `stepcal.servers.inference.error_model.STAGE_ERRORS` has them."""
     return {
         "step_log_sd": float(np.sqrt((table["step_log_error"] ** 2).mean())),
         "ttft_log_sd": float(np.sqrt((table["first_token_log_error"] ** 2).mean())),

@@ -3,7 +3,7 @@
 A server either is as the prior says or differs from it, in single parameters or in the speed of its GPU as a whole. Each way
 to differ costs prior odds and, by its Bayes factor, the room that it leaves (MacKay 1992, doi:10.1162/neco.1992.4.3.415);
 only what lowers the misfit by more than that is learned. So a log that agrees with the prior within the error that the prior
-is known to have (`stepcal.servers.error_model`) teaches nothing, instead of something at random.
+is known to have (`stepcal.servers.inference.error_model`) teaches nothing, instead of something at random.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.optimize import least_squares
 
-from stepcal.servers.error_model import FACTORS, ErrorModel, factor_log_weights
+from stepcal.servers.inference.error_model import FACTORS, ErrorModel, factor_log_weights
 from stepcal.step_time.physical_parameters import LearnedParameter
 from stepcal.units import FloatArray
 

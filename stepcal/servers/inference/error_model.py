@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.stats import chi2
 
-from stepcal.servers.blocks import Block, figures_of, log_errors
+from stepcal.servers.inference.blocks import Block, figures_of, log_errors
 from stepcal.servers.log import ServedLog
 from stepcal.servers.replay import replayed_latencies_s
 from stepcal.step_time.coefficients import StepTimeModel
