@@ -128,7 +128,9 @@ class Evidence:
     mean_square: float
 
 
-def linear_evidence(at_start: FloatArray, slopes: FloatArray, error_model: ErrorModel) -> Evidence:
+def linear_evidence(
+    at_start: FloatArray, slopes: FloatArray, error_model: ErrorModel, at: FloatArray | None = None
+) -> Evidence:
     """Return the evidence where rotated errors are linear in coordinates that are standard normal beforehand.
 
     Parameters
@@ -137,6 +139,8 @@ def linear_evidence(at_start: FloatArray, slopes: FloatArray, error_model: Error
         Rotated errors at the prior's values.
     slopes : ndarray, shape (n_figures, n_directions)
     error_model : ErrorModel
+    at : ndarray, shape (n_directions,), optional
+        Coordinates to ask about, by default the most probable ones of each factor.
     """
     k = slopes.shape[1]
     logs, found = [], []
@@ -144,7 +148,7 @@ def linear_evidence(at_start: FloatArray, slopes: FloatArray, error_model: Error
         variance = error_model.variance(float(factor))
         own, errors = slopes / np.sqrt(variance)[:, None], at_start / np.sqrt(variance)
         normal = own.T @ own + np.eye(k)
-        u = -np.linalg.solve(normal, own.T @ errors)
+        u = -np.linalg.solve(normal, own.T @ errors) if at is None else at
         left = errors + own @ u
         misfit = float(left @ left + u @ u)
         volume = float(np.linalg.slogdet(normal)[1]) + float(np.log(variance).sum())
@@ -203,7 +207,9 @@ class _Search:
         )
         slopes = solution.jac[:-k] / whiten[:, None]
         at_start = solution.fun[:-k] / whiten - slopes @ solution.x
-        evidence = linear_evidence(at_start, slopes, self.error_model).log + k * _log_prior_odds()
+        # Of what was simulated, not of a better place that the slopes promise: near a bound they promise too much.
+        found = linear_evidence(at_start, slopes, self.error_model, solution.x)
+        evidence = found.log + k * _log_prior_odds()
         return _Fit(chosen, solution.x, self.x_of(solution.x, chosen), evidence)
 
     def next_move(self, current: _Fit, candidates: Sequence[Direction]) -> _Fit | None:
