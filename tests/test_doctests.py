@@ -66,7 +66,7 @@ def test_the_code_of_the_book_page_runs(folder, monkeypatch, capsys):
     page = (book_folder() / "api.md").read_text(encoding="utf-8")
     (code,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
     exec(compile(code, "api.md", "exec"), {})
-    assert capsys.readouterr().out.startswith("physical model, 1 experiment")
+    assert capsys.readouterr().out.startswith("kernels model, 1 experiment")
 
 
 def test_the_book_page_shows_the_public_names():

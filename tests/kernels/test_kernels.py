@@ -107,12 +107,15 @@ def test_a_kernel_takes_at_least_the_longer_part_and_at_most_both(memory, comput
     assert time <= (memory + compute) * (1 + 1e-9)
 
 
-@settings(max_examples=50, deadline=None)
-@given(st.floats(0, 1e12), st.floats(0, 1e12), st.sampled_from([2, 4, 8]))
-def test_larger_messages_take_no_less_time(one, other, ranks):
-    table = load_kernels(H100).all_reduce(ranks)
-    small, large = sorted([one, other])
-    assert table.time_us(small) <= table.time_us(large) * (1 + 1e-9)
+@settings(max_examples=100, deadline=None)
+@given(st.floats(0, 1e12), st.sampled_from(measured_gpus()), st.sampled_from([2, 4, 8]))
+def test_an_all_reduce_takes_a_time_between_those_of_the_sizes_measured_beside_it(message_bytes, gpu, ranks):
+    """No more is true: measured times dip by up to 135 % from one size to the next, where the algorithm changes."""
+    table = load_kernels(load_accelerator(gpu)).all_reduce(ranks)
+    beside = np.searchsorted(table.message_bytes, message_bytes)
+    measured = table.factor * table.latency_us[np.clip([beside - 1, beside], 0, len(table.latency_us) - 1)]
+    measured = measured * max(message_bytes / table.message_bytes[-1], 1.0)
+    assert measured.min() * (1 - 1e-9) <= table.time_us(message_bytes) <= measured.max() * (1 + 1e-9)
 
 
 @pytest.mark.parametrize("gpu", measured_gpus())
