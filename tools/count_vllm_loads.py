@@ -3,10 +3,10 @@
 Same engine, stub and workload as ``time_vllm_offloading.py``: the overloaded one of the seed study, each model with the GPU
 blocks of its server and a pool of 8 GiB. A step takes its time for the requests in it, and more for each prompt token that
 is computed; no time of the host is counted, so that what differs between offloading and none is what loads do. A copy takes
-one step, which is as fast as it can be. Printed are the tokens that admitted and resumed requests had, those that were
+one step, which is as fast as it can be. Counted are the tokens that admitted and resumed requests had, those that were
 computed in prefill and those loaded from the pool, and the mean latency of the requests that ended.
 
-    vllm-env/bin/python tools/count_vllm_loads.py --seconds 150
+    vllm-env/bin/python tools/count_vllm_loads.py --out data/recorded/pool_loads.json
 """
 
 import argparse
@@ -19,9 +19,10 @@ from typing import Any
 import record_vllm
 import time_vllm_offloading as offloading
 from record_vllm import add_request, make_engine, vllm_version
-from time_vllm_schedule import MEASURED_RELEASE
+from time_vllm_schedule import MEASURED_RELEASE, write_recording
 from vllm.config import KVTransferConfig
 
+SECONDS = 150.0
 PREFILL_US = {"llama-2-7b": 16.7, "llama-2-70b": 58.0, "codellama-34b": 48.7, "mixtral-8x7b": 23.3}
 """A prompt token in a large step, by the coefficients `default` on these servers."""
 
@@ -109,22 +110,28 @@ def count_case(case: offloading.Case, seconds: float, model_dir: str) -> dict[st
             ended = (int(o.request_id) for o in group.outputs if o.finish_reason is not None)
             latencies_s += [device.now_us / 1e6 - arrivals[i] for i in ended]
     mean = sum(latencies_s) / len(latencies_s) if latencies_s else None
-    return {**vars(case), **counts, "ended": len(latencies_s), "mean_e2e_s": mean}
+    about = {"model": case.model, "workload": case.workload, "offload": case.offload, "pool_blocks": case.pool_blocks}
+    return {**about, **counts, "ended": len(latencies_s), "mean_e2e_s": mean}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seconds", type=float, default=150.0, help="virtual seconds of each case")
+    parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="virtual seconds of each case")
     given = parser.parse_args()
     if vllm_version != MEASURED_RELEASE:
         print(f"vLLM {vllm_version} is installed; the servers ran {MEASURED_RELEASE}.", file=sys.stderr)
         return 2
+    rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as model_dir:
         (Path(model_dir) / "config.json").write_text(json.dumps(record_vllm.TINY_LLAMA))
         for model in offloading.MODELS:
             for mode in (offloading.NONE, offloading.STOCK, offloading.OUTPUTS):
                 case = offloading.Case(model, "reasoning", offloading.STEADY_PER_S, mode)
-                print(json.dumps(count_case(case, given.seconds, model_dir)), flush=True)
+                rows.append(count_case(case, given.seconds, model_dir))
+                print(json.dumps(rows[-1]), file=sys.stderr)
+    table = {name: [row[name] for row in rows] for name in rows[0]}
+    write_recording(given.out, "loads", table, seconds=given.seconds, pool_gib=offloading.POOL_GIB)
     return 0
 
 

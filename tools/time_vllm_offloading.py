@@ -35,7 +35,7 @@ os.environ["VLLM_LOGGING_LEVEL"] = "WARNING"  # the warning of each rejection is
 
 import record_vllm
 from record_vllm import VirtualDevice, add_request, make_engine, vllm_version
-from time_vllm_schedule import MEASURED_RELEASE, NS_PER_US, QUANTILES, quantile, write_timing
+from time_vllm_schedule import MEASURED_RELEASE, NS_PER_US, QUANTILES, quantile, write_recording
 from vllm.config import KVTransferConfig
 from vllm.distributed.kv_transfer.kv_connector.v1 import offloading_connector
 from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
@@ -281,7 +281,7 @@ def main() -> int:
             )
     table = {name: [row[name] for row in rows] for name in rows[0]}
     sizes = {"pool_gib": POOL_GIB, "smaller_pool_gib": SMALLER_POOL_GIB}
-    write_timing(given.out, table, seconds=given.seconds, **sizes)
+    write_recording(given.out, "timing", table, seconds=given.seconds, **sizes)
     return 0
 
 

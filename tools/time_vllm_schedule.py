@@ -139,8 +139,8 @@ def cpu_name() -> str:
     return platform.processor()
 
 
-def write_timing(path: Path, rows: dict[str, list], **about: Any) -> None:
-    """Write the table ``timing`` as data/recorded/ holds it, with the machine and what else was given."""
+def write_recording(path: Path, name: str, rows: dict[str, list], **about: Any) -> None:
+    """Write one table as data/recorded/ holds it, with the machine and what else was given."""
     provenance = {
         "kind": "measured by stepcal on a CPU, no GPU",
         "recorded": datetime.date.today().isoformat(),
@@ -152,7 +152,7 @@ def write_timing(path: Path, rows: dict[str, list], **about: Any) -> None:
         **about,
         "data_sha256": "",
     }
-    content = {"provenance": provenance, "texts": {}, "tables": {"timing": rows}}
+    content = {"provenance": provenance, "texts": {}, "tables": {name: rows}}
     path.write_text(json.dumps(content, separators=(",", ":")) + "\n")
 
 
@@ -187,7 +187,7 @@ def main() -> int:
             median = [rows["p50_us"][-2], rows["p50_us"][-1]]
             what = f"{n_running:4d} running, {n_waiting} waiting, {int(with_thread)} threads"
             print(f"{what}: schedule {median[0]} µs, update {median[1]} µs", file=sys.stderr)
-    write_timing(given.out, rows, config=CONFIG, prompt_tokens=PROMPT_TOKENS)
+    write_recording(given.out, "timing", rows, config=CONFIG, prompt_tokens=PROMPT_TOKENS)
     return 0
 
 

@@ -44,6 +44,7 @@ PAGES = {
         *(load_study(name) for name in ("kernel_transfer", "kernel_model", "kernel_uncertainty"))
     ),
     "label_audit": lambda: diagnosis.label_audit_numbers(load_study("label_audit"), read_recorded("schedule_timing")),
+    "offloading": lambda: diagnosis.pool_numbers(load_study("offloading"), read_recorded("pool_loads")),
     "reconstruction": lambda: diagnosis.reconstruction_numbers(load_study("reconstruction")),
     "label_or_physics": label_or_physics_numbers,
     "variants": lambda: variants.variants_numbers(load_study("ablations")),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pandas as pd
 
 from stepcal.studies.diagnosis import attribution
+from stepcal.studies.diagnosis.kv_offloading import NONE, OUTPUTS, STOCK
 from stepcal.studies.results.records import Recording
 from stepcal.studies.study import Study
 from stepcal.units import PERCENT, US_PER_MS
@@ -13,6 +14,8 @@ MIDDLE_BIN = "31-40"
 """Requests in the batch at which the public label and our timing are compared."""
 ALONE, ENDS = 35, (10, 128)
 """Running requests of our timing: beside that bin, and the two whose difference is the price of a request."""
+FORGETTING = "llama-2-7b"
+"""The one model of which the GPU's cache does not keep all prompts."""
 CONTENDED = 96
 """Running requests timed beside a second thread."""
 
@@ -75,6 +78,32 @@ def _timing_numbers(study: Study, recording: Recording) -> dict[str, object]:
         "waiting": int(queued["waiting"]),
         "ours_waiting": float(queued["p50_us"]),
         "contended_p90_ms": float(contended[CONTENDED] / US_PER_MS),
+    }
+
+
+def pool_numbers(study: Study, recording: Recording) -> dict[str, object]:
+    """Return what the section on loads from the offload pool cites.
+
+    Parameters
+    ----------
+    study : Study
+        ``offloading``.
+    recording : Recording
+        ``pool_loads``: what the real scheduler loads from a pool of 8 GiB.
+    """
+    hits = study["pool_hits"]
+    could = hits[hits["pool_hit_tokens"] + hits["resumed_tokens"] > 0]
+    loads = recording.tables["loads"].query("model == @FORGETTING").set_index("offload")
+    loaded = PERCENT * loads["loaded_tokens"] / loads["prompt_tokens"]
+    gain = PERCENT * (1 - loads["mean_e2e_s"] / loads.loc[NONE, "mean_e2e_s"])
+    return {
+        "n_none": len(hits) - len(could),
+        "n_hits": len(hits),
+        "pool_share": float(PERCENT * could["pool_hit_tokens"].sum() / could["prompt_tokens"].sum()),
+        "saved_most": float(hits["saved_percent"].max()),
+        "loads_seconds": recording.provenance["seconds"],
+        **{f"loaded_{mode}": float(loaded[mode]) for mode in (STOCK, OUTPUTS)},
+        **{f"faster_{mode}": float(gain[mode]) for mode in (STOCK, OUTPUTS)},
     }
 
 
