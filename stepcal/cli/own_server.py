@@ -22,6 +22,7 @@ from stepcal.cli.server_options import (
     OffloadGib,
     PrefixCaching,
     PromptTexts,
+    VllmVersion,
     server_options,
 )
 from stepcal.files import refuse_unwritable, write_atomically
@@ -40,6 +41,7 @@ def check(
     max_model_len: MaxModelLen = None,
     enable_prefix_caching: PrefixCaching = None,
     kv_cache_dtype: KvCacheDtype = None,
+    vllm_version: VllmVersion = None,
     kv_offloading_gib: OffloadGib = None,
     prompt_texts: PromptTexts = None,
     coefficients: Model = "default",
@@ -65,6 +67,7 @@ def check(
         enable_prefix_caching,
         kv_offloading_gib,
         kv_cache_dtype=kv_cache_dtype,
+        vllm_version=vllm_version,
     )
     known = load_known(coefficients)
     logs = read_logs(folder, options, prompt_texts=prompt_texts)
@@ -87,6 +90,7 @@ def calibrate(
     max_model_len: MaxModelLen = None,
     enable_prefix_caching: PrefixCaching = None,
     kv_cache_dtype: KvCacheDtype = None,
+    vllm_version: VllmVersion = None,
     kv_offloading_gib: OffloadGib = None,
     prompt_texts: PromptTexts = None,
     prior: Annotated[str, typer.Option("--prior", help="Coefficients that the data correct.")] = "default",
@@ -115,6 +119,7 @@ def calibrate(
         enable_prefix_caching,
         kv_offloading_gib,
         kv_cache_dtype=kv_cache_dtype,
+        vllm_version=vllm_version,
     )
     start, parameters = prior_of(prior)
     logs = read_logs(folder, options, prompt_texts=prompt_texts)

@@ -20,6 +20,7 @@ from stepcal.cli.server_options import (
     MaxTokens,
     Model,
     PrefixCaching,
+    VllmVersion,
     server_options,
 )
 from stepcal.errors import InputError
@@ -46,6 +47,7 @@ def predict(
     max_model_len: MaxModelLen = None,
     enable_prefix_caching: PrefixCaching = None,
     kv_cache_dtype: KvCacheDtype = None,
+    vllm_version: VllmVersion = None,
     batch: Annotated[int, typer.Option("--batch", help="One step: requests that decode.")] = 0,
     context: Annotated[int, typer.Option("--context", help="One step: tokens of context of each.")] = 0,
     prefill: Annotated[int, typer.Option("--prefill", help="One step: tokens of a new prompt.")] = 0,
@@ -70,6 +72,7 @@ def predict(
     from stepcal.servers.predict import predict_load, predict_step, step_batch
     from stepcal.servers.validity import deployment_outside
 
+    release, assumed = _release(vllm_version)
     options = server_options(
         architecture,
         accelerator,
@@ -80,11 +83,12 @@ def predict(
         max_model_len,
         enable_prefix_caching,
         kv_cache_dtype=kv_cache_dtype,
+        vllm_version=release,
     )
     served, known = deployment_from(options), load_known(coefficients)
     beyond = deployment_outside(served.deployment, known.validity)
     of_kernels = known.coefficients.notes(served.deployment)
-    notes = [*served.notes, *of_kernels, *(f"extrapolated: {text}" for text in beyond)]
+    notes = [*served.notes, *assumed, *of_kernels, *(f"extrapolated: {text}" for text in beyond)]
     if rate is None:
         step = predict_step(known.coefficients, served.deployment, step_batch(prefill, context, batch))
         lines = [f"{step.total_us:,.0f} us a step; floor by the datasheet's memory bandwidth {step.floor_us:,.0f} us"]
@@ -123,6 +127,7 @@ def compare(
     max_model_len: MaxModelLen = None,
     enable_prefix_caching: PrefixCaching = None,
     kv_cache_dtype: KvCacheDtype = None,
+    vllm_version: VllmVersion = None,
     input_len: InputLen = None,
     output_len: OutputLen = None,
     prefix_len: PrefixLen = 0,
@@ -138,6 +143,7 @@ def compare(
     """
     from stepcal.servers.predict import compare_servers
 
+    release, assumed = _release(vllm_version)
     options = server_options(
         architecture,
         accelerator,
@@ -148,8 +154,9 @@ def compare(
         max_model_len,
         enable_prefix_caching,
         kv_cache_dtype=kv_cache_dtype,
+        vllm_version=release,
     )
-    one, two = _side(a, options, coefficients), _side(b, options, coefficients)
+    (one, first), (two, second) = _side(a, options, coefficients), _side(b, options, coefficients)
     load = _load(like, options, input_len, output_len, prefix_len, requests, seed)
     found = compare_servers(one, two, load, _positive(rate))
     lines = [f"{'ms':<6}{'':<6}{a:>20}{b:>20}{'ratio':>8}"]
@@ -159,7 +166,14 @@ def compare(
             cells = "".join(f"{'-' if v is None else format(v, ',.1f'):>20}" for v in (value, other))
             lines.append(f"{metric:<6}{name:<6}{cells}{'-' if ratio is None else format(ratio, '.3f'):>8}")
     lines.append(f"{100 * found['share_faster']:.1f}% of requests end sooner with {b}")
-    emit(found, json_out, "\n".join(lines))
+    notes = [*assumed, *(note for note in first if note in second)]
+    notes += [
+        f"{name}: {note}"
+        for name, own, other in ((a, first, second), (b, second, first))
+        for note in own
+        if note not in other
+    ]
+    emit({**found, "notes": notes}, json_out, "\n".join([*lines, *_notes(notes)]))
 
 
 def plan(
@@ -186,6 +200,7 @@ def plan(
     max_model_len: MaxModelLen = None,
     enable_prefix_caching: PrefixCaching = None,
     kv_cache_dtype: KvCacheDtype = None,
+    vllm_version: VllmVersion = None,
     plot: Annotated[Path | None, typer.Option("--plot", help="Write cost against rate as PNG to this file.")] = None,
     requests: Requests = 2_000,
     coefficients: Model = "default",
@@ -211,6 +226,7 @@ def plan(
         refuse_unwritable(plot)
     goal = goal_of(target, goodput)
     known = load_known(coefficients)
+    release, assumed = _release(vllm_version)
     options = server_options(
         architecture,
         None,
@@ -221,6 +237,7 @@ def plan(
         max_model_len,
         enable_prefix_caching,
         kv_cache_dtype=kv_cache_dtype,
+        vllm_version=release,
     )
     options = {k: v for k, v in options.items() if k not in ("accelerator", "tensor_parallel_size")}
     first = {**options, "accelerator": (gpu or ["h100-sxm"])[0]}
@@ -238,8 +255,9 @@ def plan(
         "error_source": known.error_source,
         "choices": [c.row() for c in choices],
         "left_out": left_out,
+        "notes": assumed,
     }
-    emit(result, json_out, plan_table(choices, left_out) + "\n" + pareto_text(choices))
+    emit(result, json_out, "\n".join([plan_table(choices, left_out), *_notes(assumed), pareto_text(choices)]))
 
 
 def _positive(rate: float) -> float:
@@ -272,19 +290,30 @@ def _load(
 
 
 def _side(text: str, options: dict[str, Any], coefficients: str) -> Any:
-    """A server from ``GPU``, ``GPU:TP`` or coefficients."""
+    """A server from ``GPU``, ``GPU:TP`` or coefficients, and notes on it."""
     from stepcal.experiments.options import deployment_from
     from stepcal.servers.capacity import Server
     from stepcal.specs.hardware import accelerators
     from stepcal.step_time.coefficients import load_coefficients
 
     gpu, _, degree = text.partition(":")
+    own = options
     if gpu in accelerators():
         if degree and not degree.isdigit():
             raise InputError(f"`{text}`: `{degree}` is no tensor-parallel degree. Write GPU:TP, such as h100-sxm:2.")
         own = {**options, "accelerator": gpu} | ({"tensor_parallel_size": int(degree)} if degree else {})
-        return Server.of(load_coefficients(coefficients), deployment_from(own).deployment)
-    return Server.of(load_coefficients(text), deployment_from(options).deployment)
+        text = coefficients
+    model, served = load_coefficients(text), deployment_from(own)
+    return Server.of(model, served.deployment), [*served.notes, *model.notes(served.deployment)]
+
+
+def _release(given: str | None) -> tuple[str, list[str]]:
+    """The release of vLLM to predict, and a note where it was not said."""
+    from stepcal.simulator.versions import NEWEST
+
+    if given is not None:
+        return given, []
+    return NEWEST, [f"`--vllm-version` is not given; {NEWEST}, the newest that was recorded, was assumed."]
 
 
 def _interval(found: dict[str, Any], metric: str, statistic: str) -> str:

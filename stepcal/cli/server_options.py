@@ -25,6 +25,14 @@ PrefixCaching = Annotated[
 KvCacheDtype = Annotated[
     str | None, typer.Option("--kv-cache-dtype", help="auto (as the checkpoint asks), bfloat16, float16, fp8.")
 ]
+VllmVersion = Annotated[
+    str | None,
+    typer.Option(
+        "--vllm-version",
+        help="Release of vLLM that serves. Default: as the folder says; 0.15.1, of the coefficients' servers, for a "
+        "folder that does not; the newest that was recorded without a folder.",
+    ),
+]
 OffloadGib = Annotated[
     float | None, typer.Option("--kv-offloading-gib", help="`kv_offloading_size`: pool for KV in CPU memory.")
 ]
@@ -49,6 +57,7 @@ def server_options(
     enable_prefix_caching: bool | None,
     kv_offloading_gib: float | None = None,
     kv_cache_dtype: str | None = None,
+    vllm_version: str | None = None,
 ) -> dict[str, Any]:
     """Return the options by the names that `stepcal.experiments.options.deployment_from` takes."""
     return {
@@ -62,4 +71,5 @@ def server_options(
         "enable_prefix_caching": enable_prefix_caching,
         "kv_offloading_size": kv_offloading_gib,
         "kv_cache_dtype": kv_cache_dtype,
+        "vllm_version": vllm_version,
     }

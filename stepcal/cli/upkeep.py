@@ -22,6 +22,7 @@ from stepcal.cli.server_options import (
     OffloadGib,
     PrefixCaching,
     PromptTexts,
+    VllmVersion,
     server_options,
 )
 from stepcal.errors import InputError
@@ -39,6 +40,7 @@ def design(
     max_model_len: MaxModelLen = None,
     enable_prefix_caching: PrefixCaching = None,
     kv_cache_dtype: KvCacheDtype = None,
+    vllm_version: VllmVersion = None,
     coefficients: Model = "default",
     minutes: Annotated[float, typer.Option("--minutes", min=1.0, help="Length of the recipe.")] = 30.0,
     stages: Annotated[int, typer.Option("--stages", min=1, max=20, help="Stages of load in it.")] = 6,
@@ -56,6 +58,7 @@ def design(
     from stepcal.servers.design import design as choose
     from stepcal.servers.design import guidellm_script, inference_perf_config, vllm_bench_script
     from stepcal.servers.priors import prior_of
+    from stepcal.simulator.versions import NEWEST
 
     served = deployment_from(
         server_options(
@@ -68,6 +71,7 @@ def design(
             max_model_len,
             enable_prefix_caching,
             kv_cache_dtype=kv_cache_dtype,
+            vllm_version=vllm_version or NEWEST,
         )
     )
     start, parameters = prior_of(coefficients)
@@ -111,6 +115,7 @@ def drift(
     max_model_len: MaxModelLen = None,
     enable_prefix_caching: PrefixCaching = None,
     kv_cache_dtype: KvCacheDtype = None,
+    vllm_version: VllmVersion = None,
     kv_offloading_gib: OffloadGib = None,
     prompt_texts: PromptTexts = None,
     json_out: Json = None,
@@ -134,6 +139,7 @@ def drift(
         enable_prefix_caching,
         kv_offloading_gib,
         kv_cache_dtype=kv_cache_dtype,
+        vllm_version=vllm_version,
     )
     known = load_known(coefficients)
     found = [drift_of(log, known) for log in read_logs(folder, options, prompt_texts=prompt_texts)]

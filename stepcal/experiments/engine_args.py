@@ -383,7 +383,7 @@ def _estimated_blocks(settings: Settings, cache: KvCache, accelerator: Accelerat
     way_out = f"vLLM logs the number at start-up; add it as `{KV_BLOCK_KEYS[0]}` to {settings.path}."
     if blocks < 2:
         raise InputError(
-            f"{settings.path} does not say how many KV blocks the server had, and the weights of {architecture.name} "
+            f"{settings.path}: how many KV blocks the server had is not said, and the weights of {architecture.name} "
             f"({weights_gib:.1f} GiB a rank) leave no room for any on {accelerator.name}. {way_out}"
         )
     return blocks, f"KV blocks are not given; {blocks:,} were estimated from the GPU's memory. {way_out}"

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from stepcal.errors import InputError
-from stepcal.experiments.options import deployment_from
+from stepcal.experiments.options import Served, deployment_from
 from stepcal.parallel import run_jobs
 from stepcal.servers.capacity import Capacity, Server, capacity
 from stepcal.servers.coefficient_file import KnownModel
@@ -50,6 +50,8 @@ class Choice:
         Error of the model that the interval is made of.
     flags : str
         Command that starts one replica.
+    notes : tuple of str
+        What was assumed of this server, and which of its kernels have no table.
     is_efficient : bool
         Whether no other choice serves more for less.
     """
@@ -66,6 +68,7 @@ class Choice:
     is_extrapolated: tuple[str, ...]
     log_sd: float
     flags: str
+    notes: tuple[str, ...] = ()
     is_efficient: bool = False
 
     def row(self) -> dict[str, Any]:
@@ -160,12 +163,12 @@ def plan(
             except InputError as error:
                 left_out.append(f"{degree} x {gpu}: {error}")
                 continue
-            candidates.append(served.deployment)
+            candidates.append(served)
     if not candidates:
         raise InputError("Nothing to plan with: no GPU and degree fits. " + (left_out[0] if left_out else ""))
     find = functools.partial(_capacity, question=question, model=model)
-    found = run_jobs(find, candidates, jobs=jobs, dask=dask)
-    choices = [_choice(d, c, question, model) for d, c in zip(candidates, found, strict=True)]
+    found = run_jobs(find, [served.deployment for served in candidates], jobs=jobs, dask=dask)
+    choices = [_choice(s, c, question, model) for s, c in zip(candidates, found, strict=True)]
     choices.sort(key=lambda c: _rank(c, question))
     return _with_front(choices), left_out
 
@@ -175,7 +178,8 @@ def _capacity(deployment: Deployment, question: Question, model: KnownModel) -> 
     return capacity(server, question.load, question.goal, log_sd=model.log_sd_on(deployment.accelerator.name))
 
 
-def _choice(deployment: Deployment, found: Capacity, question: Question, model: KnownModel) -> Choice:
+def _choice(served: Served, found: Capacity, question: Question, model: KnownModel) -> Choice:
+    deployment = served.deployment
     rate, gpu = question.rate_per_s, deployment.accelerator.name
 
     def replicas(of_one: float) -> int | None:
@@ -185,7 +189,7 @@ def _choice(deployment: Deployment, found: Capacity, question: Question, model: 
     n_gpus = deployment.tensor_parallel * (needed or 1)
     price = question.prices_per_h.get(gpu)
     price_per_h = None if price is None else price * n_gpus
-    served = None if found.rate_per_s <= 0 or price is None else price * deployment.tensor_parallel / found.rate_per_s
+    a_rate = None if found.rate_per_s <= 0 or price is None else price * deployment.tensor_parallel / found.rate_per_s
     return Choice(
         accelerator=gpu,
         tensor_parallel=deployment.tensor_parallel,
@@ -195,10 +199,11 @@ def _choice(deployment: Deployment, found: Capacity, question: Question, model: 
         gpus=n_gpus,
         price_per_h=price_per_h,
         capacity=found,
-        price_per_million_requests=None if served is None else served / 3600.0 * 1e6,
+        price_per_million_requests=None if a_rate is None else a_rate / 3600.0 * 1e6,
         is_extrapolated=tuple(deployment_outside(deployment, model.validity)),
         log_sd=model.log_sd_on(gpu),
         flags=launch_command(deployment),
+        notes=(*served.notes, *model.coefficients.notes(deployment)),
     )
 
 

@@ -37,6 +37,7 @@ def plan_table(choices: Sequence[Choice], left_out: Sequence[str]) -> str:
     best = next((c for c in choices if c.capacity.rate_per_s > 0), None)
     if best is not None:
         lines.append(f"  start one replica of the first with: {best.flags}")
+        lines += [f"  note on the first: {note}" for note in best.notes]
     return "\n".join(lines)
 
 

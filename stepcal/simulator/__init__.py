@@ -1,4 +1,4 @@
-"""A discrete-event simulator of vLLM 0.15.1: requests in, latencies out, on the clock of any step-time model.
+"""A discrete-event simulator of vLLM: requests in, latencies out, on the clock of any step-time model.
 
 It knows nothing of fits, architectures or plots: `simulate` takes a `RequestList`, a `ServerConfig` and a step time.
 """

@@ -90,7 +90,7 @@ def simulate(
     max_jump: int | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> SimulationResult:
-    """Serve requests as vLLM 0.15.1 would, on the clock of a step-time model.
+    """Serve requests as the release of vLLM in `config` would, on the clock of a step-time model.
 
     Parameters
     ----------

@@ -156,9 +156,7 @@ def test_the_share_of_memory_counts_and_is_checked(tmp_path) -> None:
 
 def test_a_model_that_leaves_no_room_is_refused(tmp_path) -> None:
     write_run(tmp_path, server=without("kv_blocks_total_gpu", model="llama-2-70b"))
-    with pytest.raises(
-        InputError, match=r"run-a/exp-config\.yaml does not say how many KV blocks.*leave no room.*vLLM logs"
-    ):
+    with pytest.raises(InputError, match=r"run-a/exp-config\.yaml: how many KV blocks.*leave no room.*vLLM logs"):
         read_experiment_folder(tmp_path)
 
 

@@ -6,6 +6,7 @@ import json
 import math
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from stepcal.servers.plan import Question, launch_command, plan
 from stepcal.servers.predict import compare_servers, predict_step, step_batch
 from stepcal.servers.targets import Goal, Target, goal_of
 from stepcal.simulator.steptime import add_components
+from stepcal.simulator.versions import NEWEST
 from stepcal.specs.deployment import Deployment
 from stepcal.step_time.coefficients import load_coefficients
 
@@ -192,6 +194,36 @@ def test_the_commands_write_json_and_a_picture(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
 
 
+def asked(*arguments: str) -> dict[str, Any]:
+    result = RUNNER.invoke(app, [*arguments, "--json", "-"])
+    assert result.exit_code == 0, result.output
+    found: dict[str, Any] = json.loads(result.stdout)
+    return found
+
+
+def test_a_release_is_predicted_and_the_newest_where_none_is_named() -> None:
+    """Newer releases take more of the memory for KV, sample otherwise, and a release between recorded ones says so."""
+    step = ("predict", *COMMON, "--accelerator", "h100-sxm", "--batch", "8")
+    newest, old = asked(*step), asked(*step, "--vllm-version", "0.15.1")
+    assert newest["total_us"] < old["total_us"]
+    assert any(NEWEST in note and "assumed" in note for note in newest["notes"])
+    assert not any("--vllm-version" in note for note in old["notes"])
+    named = asked(*step, "--vllm-version", NEWEST)
+    assert named["total_us"] == newest["total_us"]
+    assert any("0.16.0 was not recorded" in note for note in asked(*step, "--vllm-version", "0.16.0")["notes"])
+
+
+def test_plans_and_comparisons_say_what_they_assume() -> None:
+    choice = ("--gpu", "h100-sxm", "--gpu", "l40s", "--tp", "1", "--vllm-version", "0.15.1")
+    found = asked("plan", *COMMON, "--target", "tpot<=50ms", *choice)
+    assert found["notes"] == []
+    assert all(any("KV blocks are not given" in note for note in c["notes"]) for c in found["choices"])
+    notes = asked("compare", "h100-sxm", "l40s", *COMMON, "--rate", "2")["notes"]
+    assert sum(NEWEST in note and "--vllm-version" in note for note in notes) == 1
+    assert [note.partition(":")[0] for note in notes if "KV blocks are not given" in note] == ["h100-sxm", "l40s"]
+    assert sum("max_model_len" in note for note in notes) == 1, "what is assumed of both is said once"
+
+
 @pytest.mark.parametrize(
     ("arguments", "problem"),
     [
@@ -202,6 +234,7 @@ def test_the_commands_write_json_and_a_picture(tmp_path: Path) -> None:
         (["plan", *COMMON, "--target", "tpot<=20ms", "--goodput", "2"], "is a share"),
         (["predict", *COMMON, "--accelerator", "h100-sxm", "--rate", "-1"], "must be above 0"),
         (["predict", *COMMON, "--accelerator", "h100-sxm", "--rate", "1", "--prefix-len", "300"], "--prefix-len"),
+        (["predict", *COMMON, "--accelerator", "h100-sxm", "--batch", "1", "--vllm-version", "new"], "vllm_version"),
         (["compare", "h100-sxm:x", "h100-sxm", *COMMON, "--rate", "1"], "no tensor-parallel degree"),
     ],
 )

@@ -95,7 +95,8 @@ def pool_numbers(study: Study, recording: Recording) -> dict[str, object]:
     could = hits[hits["pool_hit_tokens"] + hits["resumed_tokens"] > 0]
     loads = recording.tables["loads"].query("model == @FORGETTING").set_index("offload")
     loaded = PERCENT * loads["loaded_tokens"] / loads["prompt_tokens"]
-    gain = PERCENT * (1 - loads["mean_e2e_s"] / loads.loc[NONE, "mean_e2e_s"])
+    latency_s = loads["mean_e2e_s"]
+    gain = PERCENT * (1 - latency_s / float(latency_s[NONE]))
     return {
         "n_none": len(hits) - len(could),
         "n_hits": len(hits),
