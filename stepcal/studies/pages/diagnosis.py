@@ -93,8 +93,10 @@ def pool_numbers(study: Study, recording: Recording) -> dict[str, object]:
     """
     hits = study["pool_hits"]
     could = hits[hits["pool_hit_tokens"] + hits["resumed_tokens"] > 0]
-    loads = recording.tables["loads"].query("model == @FORGETTING").set_index("offload")
-    loaded = PERCENT * loads["loaded_tokens"] / loads["prompt_tokens"]
+    rows = recording.tables["loads"]
+    rows = rows.assign(loaded=PERCENT * rows["loaded_tokens"] / rows["prompt_tokens"])
+    is_forgetting = rows["model"] == FORGETTING
+    loads = rows[is_forgetting].set_index("offload")
     latency_s = loads["mean_e2e_s"]
     gain = PERCENT * (1 - latency_s / float(latency_s[NONE]))
     return {
@@ -103,7 +105,8 @@ def pool_numbers(study: Study, recording: Recording) -> dict[str, object]:
         "pool_share": float(PERCENT * could["pool_hit_tokens"].sum() / could["prompt_tokens"].sum()),
         "saved_most": float(hits["saved_percent"].max()),
         "loads_seconds": recording.provenance["seconds"],
-        **{f"loaded_{mode}": float(loaded[mode]) for mode in (STOCK, OUTPUTS)},
+        **{f"loaded_{mode}": float(loads["loaded"][mode]) for mode in (STOCK, OUTPUTS)},
+        "loaded_others": float(rows[~is_forgetting]["loaded"].max()),
         **{f"faster_{mode}": float(gain[mode]) for mode in (STOCK, OUTPUTS)},
     }
 
