@@ -19,7 +19,18 @@ MOST_YAML_NODES = 200_000
 """Nodes of a YAML file with its aliases written out."""
 MOST_YAML_DEPTH = 64
 
-_YamlLoader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+_SafeLoader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+class _YamlLoader(_SafeLoader):  # type: ignore[misc]
+    """The safe loader, which also refuses a name that is given twice; YAML itself takes the last one in silence."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise yaml.constructor.ConstructorError(None, None, f"`{twice[0]}` is given twice", node.start_mark)
+        return super().construct_mapping(node, deep=deep)
 
 
 def read_json(path: Path | str, *, what: str = "JSON file") -> Any:

@@ -126,8 +126,18 @@ def served_load(options: LoadOptions, server: ServerConfig) -> ServedLoad:
         name=name,
         rejected=rejected,
         users=workload.n_prompts if workload and workload.multi_turn_chat and options.requests is None else 0,
-        notes=tuple(notes),
+        notes=(*notes, *_request_notes(requests, server)),
     )
+
+
+def _request_notes(requests: RequestList, server: ServerConfig) -> list[str]:
+    """Notes on a load without requests, and where priorities and the server's policy do not go together."""
+    if not len(requests):
+        return ["The workload has no requests: its rates times its durations are below one."]
+    is_by_priority = server.scheduling_policy == "priority"
+    if requests.priority is None or not np.ptp(requests.priority):
+        return ["No request has a priority other than the others': all are served as they come."] * is_by_priority
+    return [] if is_by_priority else ["Priorities of the requests have no effect: `scheduling_policy` is fcfs."]
 
 
 def with_rejected(summary: dict[str, Any], rejected: np.ndarray) -> dict[str, Any]:

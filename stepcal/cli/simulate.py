@@ -14,6 +14,7 @@ from stepcal.errors import InputError
 from stepcal.experiments.sampling_defaults import sampling_of
 from stepcal.files import refuse_unwritable, write_bytes_atomically
 from stepcal.simulator import ServerConfig, SimulationResult
+from stepcal.simulator.versions import version_note
 from stepcal.specs.architecture import ModelArchitecture, resolve_architecture
 from stepcal.specs.deployment import Deployment
 from stepcal.specs.hardware import Accelerator, resolve_accelerator
@@ -63,6 +64,7 @@ def run_simulation(options: SimulateOptions, on_progress: Progress | None = None
     if options.steps is not None:
         refuse_unwritable(options.steps)
     architecture = resolve_architecture(options.architecture, max_model_len=options.server.max_model_len)
+    architecture.check_max_model_len(options.server.max_model_len)
     accelerator = resolve_accelerator(options.accelerator)
     server, of_cache = _with_cache(options, architecture, accelerator)
     coefficients = load_coefficients(options.coefficients)
@@ -88,7 +90,9 @@ def run_simulation(options: SimulateOptions, on_progress: Progress | None = None
     )
     if options.steps:
         _write_steps(result, options, architecture, load.name)
-    notes = [*architecture.notes, *of_cache, *sampled, *coefficients.notes(deployment), *load.notes_on(result)]
+    version = version_note(server.vllm_version)
+    notes = [*([] if version is None else [version]), *architecture.notes, *of_cache, *sampled]
+    notes += [*coefficients.notes(deployment), *load.notes_on(result)]
     return {**with_rejected(result.summary(), load.rejected), **({"notes": notes} if notes else {})}
 
 

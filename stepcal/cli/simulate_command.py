@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from stepcal.cli.output import Json, emit, progress_options, say
+from stepcal.cli.output import Json, emit, progress_options
 from stepcal.files import refuse_unwritable
 
 if TYPE_CHECKING:
@@ -149,7 +149,7 @@ def simulate(
     from stepcal.cli.simulate import SimulateOptions
     from stepcal.simulator import ServerConfig
     from stepcal.simulator.config import check_block_size
-    from stepcal.simulator.versions import NEWEST, version_note
+    from stepcal.simulator.versions import NEWEST
 
     if json_out not in (None, "-"):
         refuse_unwritable(Path(json_out))
@@ -161,14 +161,11 @@ def simulate(
         block_size=16 if block_size is None else check_block_size(block_size),
         enable_prefix_caching=prefix_caching,
         async_scheduling=async_scheduling,
-        vllm_version=vllm_version or NEWEST,
+        vllm_version=NEWEST if vllm_version is None else vllm_version,
         scheduling_policy=scheduling_policy,
         long_prefill_token_threshold=long_prefill_token_threshold,
         enable_chunked_prefill=chunked_prefill,
     )
-    note = version_note(server.vllm_version)
-    if note:
-        say(note)
     options = SimulateOptions(
         architecture=architecture,
         accelerator=accelerator,

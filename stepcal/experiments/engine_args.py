@@ -294,11 +294,8 @@ def served_architecture(settings: Settings, architecture: ModelArchitecture) -> 
             f"{', '.join(DTYPES)}."
         )
     longest = settings.whole("max_model_len")
-    if longest is not None and architecture.positions_are_stated and longest > architecture.max_position_embeddings:
-        raise InputError(
-            f"{settings.path}: `max_model_len` is {longest:,}, above the {architecture.max_position_embeddings:,} positions "
-            f"of `{architecture.name}` (config.json), and vLLM refuses it."
-        )
+    if longest is not None:
+        architecture.check_max_model_len(longest, f"{settings.path}: ")
     method = str(settings.values.get("quantization") or "").lower()
     if not method or method == "none":
         return architecture, []

@@ -66,5 +66,5 @@ def _default(
     if vocab_size < LARGE_VOCABULARY:
         return NEUTRAL, []
     said = "sampling parameters are not given; no top-k and no top-p were assumed."
-    why = "with top-p, vLLM 0.15.1 sorts the logits of every request"
+    why = "with top-k or top-p a step also cuts the logits, and vLLM before 0.18 sorts them for it"
     return NEUTRAL, [f"{said} Put the model's `{GENERATION_CONFIG}` beside config.json: {why}"]

@@ -20,9 +20,12 @@ from stepcal.step_time.attention_kinds import tokens_read, with_window
 from stepcal.step_time.coefficients import StepTimeModel
 from stepcal.step_time.kernel_model import kernel_components_us
 from stepcal.step_time.learned import KERNELS, PHYSICAL
+from stepcal.step_time.one_step import check_within_limits
 from stepcal.step_time.physical import PhysicalModel, batch_features
 from stepcal.units import FloatArray
 
+ROUNDING = 1e-9
+"""Share of a step that sums in another order can differ by."""
 STATISTICS = ("mean", "p50", "p90", "p99")
 
 
@@ -62,7 +65,14 @@ def step_batch(prefill_tokens: int, context_tokens: int, decode_requests: int) -
 
 
 def predict_step(coefficients: StepTimeModel, deployment: Deployment, batch: StepBatch) -> PredictedStep:
-    """Predict one step by component."""
+    """Predict one step by component.
+
+    Raises
+    ------
+    InputError
+        If the server would never make this step, because it is beyond a limit.
+    """
+    check_within_limits(batch, deployment.limits)
     batch = with_window(batch, deployment)
     total, read = add_components(coefficients.compile(deployment)(batch)), tokens_read(batch, deployment)
     parts = _components_us(coefficients, deployment, batch, total)
@@ -78,7 +88,8 @@ def _components_us(
     if coefficients.variant == KERNELS.variant:
         kernels = kernel_components_us(coefficients.values, deployment, batch)
         kernels = {name: value for name, value in kernels.items() if value}
-        return {**kernels, "host beyond GPU": total - sum(kernels.values())}
+        beyond = total - sum(kernels.values())
+        return {**kernels, "host beyond GPU": beyond if beyond > ROUNDING * total else 0.0}
     if coefficients.variant == PHYSICAL.variant:
         found = PhysicalModel().components_us(coefficients.values, batch_features(batch, deployment))
         return {name: float(values[0]) for name, values in found.items() if values[0]}

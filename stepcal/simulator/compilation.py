@@ -103,7 +103,7 @@ class _Cache(FunctionCache):
             with suppress(OSError):
                 self.flush()
         if found is None:
-            _LOG.info("Compiling the simulator for this machine: once, about half a minute.")
+            _LOG.info("Compiling the simulator for this machine: once for this kind of server, up to a minute.")
         return found
 
     def save_overload(self, sig: Any, data: Any) -> None:

@@ -2,7 +2,8 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from types import NoneType
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -78,6 +79,22 @@ class KvGroup:
         return (context - 1) % self.window + 1 if self.kind == "chunked" else context
 
 
+class _Kind(NamedTuple):
+    """What a field of `ServerConfig` may hold."""
+
+    types: tuple[type, ...]
+    words: str
+
+
+_KINDS: dict[Any, _Kind] = {
+    int: _Kind((int, np.integer), "a whole number"),
+    bool: _Kind((bool, np.bool_), "True or False"),
+    bool | None: _Kind((bool, np.bool_, NoneType), "True, False or None"),
+    str: _Kind((str,), "text"),
+    tuple[KvGroup, ...]: _Kind((tuple,), "a tuple of `KvGroup`"),
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class ServerConfig:
     """Scheduler limits of one vLLM server.
@@ -141,6 +158,7 @@ class ServerConfig:
     enable_chunked_prefill: bool = True
 
     def __post_init__(self) -> None:
+        self._check_types()
         release_of(self.vllm_version)
         self._check_groups()
         self._check_policy()
@@ -171,6 +189,13 @@ class ServerConfig:
     def usable_blocks(self) -> int:
         """KV blocks that requests can hold."""
         return self.kv_blocks - 1
+
+    def _check_types(self) -> None:
+        for field in fields(self):
+            value, kind = getattr(self, field.name), _KINDS[field.type]
+            if isinstance(value, kind.types) and (bool in kind.types or not isinstance(value, bool | np.bool_)):
+                continue
+            raise InputError(f"`{field.name}` is {value!r}; it must be {kind.words}.")
 
     def _check_policy(self) -> None:
         if self.scheduling_policy not in SCHEDULING_POLICIES:
@@ -324,6 +349,8 @@ class ServerConfig:
                 raise InputError(
                     f"Unknown server argument `{name}`. Known: {', '.join(sorted(known | NOT_MODELLED.keys()))}."
                 )
+        if "kv_blocks" not in values:
+            raise InputError("`kv_blocks` is missing. vLLM logs the number at start-up (`num_gpu_blocks`).")
         return cls(**values)
 
 

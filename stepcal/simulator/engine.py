@@ -262,10 +262,15 @@ class EngineRun:
             )
         if self.server.has_groups:
             waiting = np.isin(self.requests.rows["status"], (at.WAITING, at.RUNNING))
+            release = self.server.release
+            counts_chunks = release.knows_that_windows_slide or not release.admits_whole_sequences
+            way_out = (
+                ", or lower `max_num_batched_tokens`" if counts_chunks else " (this release counts whole sequences)"
+            )
             raise InputError(
                 f"Request {self.request_list._name(int(np.argmax(waiting)))} waits for ever: {self.server.usable_blocks} KV "
                 f"blocks (`kv_blocks` - 1) are free, and vLLM {self.server.release.version} needs more to admit it, or for "
-                "its next chunk, in all groups together. Raise `kv_blocks`, or lower `max_num_batched_tokens`."
+                f"its next chunk, in all groups together. Raise `kv_blocks`{way_out}."
             )
         raise RuntimeError(
             f"The engine stopped with requests left (reason {reason}): this is a defect of the simulator."

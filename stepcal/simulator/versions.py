@@ -10,9 +10,9 @@ import re
 from dataclasses import dataclass, replace
 from typing import Any
 
-from stepcal.errors import InputError, NotModelledError
+from stepcal.errors import InputError, NotModelledError, shown
 
-_VERSION = re.compile(r"v?(\d+)\.(\d+)\.(\d+)(?:\.post\d+)?")
+_VERSION = re.compile(r"v?(\d+)\.(\d+)\.(\d+)(?:\.post\d+)?(?:\+[a-z0-9.]+)?", re.ASCII)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,10 +206,10 @@ OLDEST, NEWEST = RELEASES[0].version, RELEASES[-1].version
 
 
 def _number(version: str) -> tuple[int, ...]:
-    match = _VERSION.fullmatch(version.strip())
+    match = _VERSION.fullmatch(version)
     if match is None:
         raise InputError(
-            f"`vllm_version` is {version!r}; it must be a release like {NEWEST}. "
+            f"`vllm_version` is {shown(version)}; it must be a release of three numbers, like {NEWEST}. "
             f"Recorded: {', '.join(release.version for release in RELEASES)}."
         )
     return tuple(int(part) for part in match.groups())

@@ -227,6 +227,21 @@ class ModelArchitecture:
         """
         return [tp for tp in range(1, self.num_attention_heads + 1) if self._why_not(tp) is None]
 
+    def check_max_model_len(self, max_model_len: int, where: str = "") -> int:
+        """Return `max_model_len` if vLLM takes it for this model: at most the positions that its config.json states.
+
+        Raises
+        ------
+        InputError
+            If it is longer; the message begins with `where`.
+        """
+        if self.positions_are_stated and max_model_len > self.max_position_embeddings:
+            raise InputError(
+                f"{where}`max_model_len` is {max_model_len:,}, above the {self.max_position_embeddings:,} positions of "
+                f"`{self.name}` (config.json), and vLLM refuses it."
+            )
+        return max_model_len
+
     def check_tensor_parallel(self, tensor_parallel: int) -> int:
         """Return `tensor_parallel` if vLLM takes it for this model.
 

@@ -297,7 +297,7 @@ def _sparse_layers(mixture: Mixture, values: ConfigValues, layers: int) -> set[i
         dense = set(values.whole_list("mlp_only_layers"))
         return {layer for layer in range(layers) if (layer + 1) % step == 0} - dense
     if mixture.sparse_rule == "deepseek":
-        first = values.optional_whole("first_k_dense_replace", least=0, most=MOST_LAYERS) or 0
+        first = values.optional_whole("first_k_dense_replace", least=0, most=layers) or 0
         return {layer for layer in range(first, layers) if _has_frequency(values, layer)}
     if mixture.sparse_rule == "llama4":
         if values.raw("moe_layers") is not None:

@@ -6,13 +6,17 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from stepcal.errors import InputError
-from stepcal.simulator.config import KvGroup, ServerConfig
+from stepcal.simulator.config import KvGroup, ServerConfig, check_block_size
 from stepcal.simulator.versions import NEWEST
 from stepcal.specs.architecture import ModelArchitecture
 from stepcal.specs.hardware import Accelerator
-from stepcal.specs.kv_cache import AUTO, DEFAULT_BLOCK_SIZE, KvCache, kv_bytes_per_token, kv_precision_of
+from stepcal.specs.kv_cache import AUTO, DEFAULT_BLOCK_SIZE, KvCache, block_size_of, kv_bytes_per_token, kv_precision_of
 from stepcal.specs.layer_windows import LayerWindows
 from stepcal.specs.sampling import NEUTRAL, Sampling
+from stepcal.units import BYTES_PER_GIB
+
+MOST_MEMORY_OVER_NAME = 1.08
+"""A GPU's memory over what its name says: 80 GB can be 85.9e9 bytes (``data/hardware/wheel_datasheet.csv``)."""
 
 
 @dataclass(frozen=True)
@@ -79,16 +83,25 @@ class Deployment:
         kv_cache_dtype : str
         **limits
             Of the server, as `stepcal.simulator.ServerConfig` takes them: `kv_blocks` and others. Without any, the
-            deployment names no server.
+            deployment names no server. `block_size` is by default what vLLM's backend for the model reads.
 
         Raises
         ------
         InputError
-            If a name is unknown, or a limit is unknown or out of bounds.
+            If a name is unknown, a limit is unknown or out of bounds, or `max_model_len` exceeds the model's positions.
         """
-        server = ServerConfig.from_vllm_arguments(limits) if limits else None
+        if "tensor_parallel_size" in limits:
+            raise InputError("`tensor_parallel_size` is called `tensor_parallel` here.")
         model, gpu = ModelArchitecture.load(architecture), Accelerator.load(accelerator)
-        return cls(model, gpu, tensor_parallel, server, kv_cache_dtype=kv_cache_dtype)
+        if not limits:
+            return cls(model, gpu, tensor_parallel, kv_cache_dtype=kv_cache_dtype)
+        server = ServerConfig.from_vllm_arguments(limits)
+        given = check_block_size(server.block_size) if "block_size" in limits else None
+        precision = kv_precision_of(kv_cache_dtype, model)
+        size, _ = block_size_of(given, model, gpu, server.vllm_version, precision)
+        if "max_model_len" in limits:
+            model.check_max_model_len(server.max_model_len)
+        return cls(model, gpu, tensor_parallel, replace(server, block_size=size), kv_cache_dtype=kv_cache_dtype)
 
     def __post_init__(self) -> None:
         self.architecture.check_tensor_parallel(self.tensor_parallel)
@@ -152,6 +165,22 @@ class Deployment:
     def block_size(self) -> int:
         """Tokens of a KV block."""
         return DEFAULT_BLOCK_SIZE if self.server is None else self.server.block_size
+
+    @property
+    def memory_note(self) -> str | None:
+        """A sentence where the weights and the server's KV blocks do not fit on the GPU; None where they do."""
+        if self.server is None:
+            return None
+        weights = self.architecture.weights_bytes_of_a_rank(self.tensor_parallel)
+        kv, memory = self.server.kv_blocks * self.kv_cache.block_bytes, self.accelerator.hbm_capacity_bytes
+        if weights + kv <= MOST_MEMORY_OVER_NAME * memory:
+            return None
+        weights_gib, kv_gib, memory_gib = (n_bytes / BYTES_PER_GIB for n_bytes in (weights, kv, memory))
+        return (
+            f"No such server starts: the weights of `{self.architecture.name}` ({weights_gib:,.0f} GiB a rank) and "
+            f"{self.server.kv_blocks:,} KV blocks ({kv_gib:,.0f} GiB) are more than the {memory_gib:,.0f} GiB of "
+            f"{self.accelerator.name}."
+        )
 
     @property
     def offload_blocks(self) -> int:

@@ -50,9 +50,13 @@ def offload_blocks(
         If `gib` is negative or not finite.
     """
     if not (np.isfinite(gib) and gib >= 0):
-        raise InputError(f"`gib` is {gib}; the size of the offload pool must be finite and at least 0 (no offloading).")
+        raise InputError(
+            f"`kv_offloading_size` is {gib} GiB; the size of the offload pool must be finite and at least 0 (no offloading)."
+        )
     if gib > MOST_OFFLOAD_GIB:
-        raise InputError(f"`gib` is {gib:g}; the offload pool must be at most {MOST_OFFLOAD_GIB:,} GiB.")
+        raise InputError(
+            f"`kv_offloading_size` is {gib:g} GiB; the offload pool must be at most {MOST_OFFLOAD_GIB:,} GiB."
+        )
     blocks_of = cache or KvCache(architecture, block_size=block_size)
     return int(gib * BYTES_PER_GIB // blocks_of.pool_block_bytes)
 

@@ -193,7 +193,11 @@ def read_windows(
     if not placed:
         return None
     name, which = next(iter(placed.items()))
-    if which is None or len(placed) > 1 or found[name] < 2:
+    if found[name] < 2:
+        raise NotModelledError(
+            f"{values.origin} attends to {found[name]} token at a time (`{WINDOW_KEYS[name]}`): a window has at least 2."
+        )
+    if which is None or len(placed) > 1:
         raise NotModelledError(
             f"{values.origin} attends to {found[name]} tokens at a time (`{WINDOW_KEYS[name]}`), below the context limit of "
             f"{longest}, in layers that it does not name (`layer_types`), or in two ways: stepcal does not model that. "

@@ -132,6 +132,11 @@ def _of_latents(latent: LatentAttention, deployment: Deployment, kernels: GpuKer
 
 def attention_notes(deployment: Deployment) -> list[str]:
     """Return what to know of a deployment's attention: what no server stands behind, and what its kernel's tables deny."""
+    return unvalidated_notes(deployment) + _biases(deployment)
+
+
+def unvalidated_notes(deployment: Deployment) -> list[str]:
+    """Return what no measured server stands behind."""
     notes = []
     if deployment.architecture.latent is not None:
         notes.append(
@@ -145,7 +150,7 @@ def attention_notes(deployment: Deployment) -> list[str]:
         )
     if deployment.windows is not None:
         notes.append("No server of a model with windows was measured; its step times are not validated end to end.")
-    return notes + _biases(deployment)
+    return notes
 
 
 def _biases(deployment: Deployment) -> list[str]:

@@ -20,17 +20,18 @@ from stepcal.documents import read_json_object
 from stepcal.errors import InputError, shown
 from stepcal.kernels.constants import ALL_REDUCE_FILE, KERNELS_FILE
 from stepcal.locations import data_folder
-from stepcal.simulator import CompiledStepTime, ServerConfig, StepBatch
-from stepcal.simulator.layout import Int32Array
+from stepcal.simulator import CompiledStepTime
 from stepcal.simulator.steptime import add_components
 from stepcal.specs.deployment import Deployment
 from stepcal.specs.hardware import Accelerator
+from stepcal.step_time.attention_kernels import unvalidated_notes
 from stepcal.step_time.attention_kinds import within_windows
 from stepcal.step_time.baselines import BLACKBOX_FEATURES, Blackbox, ConstantStep, RawAnalytical, StepBaseline
 from stepcal.step_time.compile import compile_baseline, compile_corrections
 from stepcal.step_time.corrections import CorrectionModel, Global9, Model36, Phase16
 from stepcal.step_time.kernel_model import kernel_notes
 from stepcal.step_time.learned import KERNELS, LEARNED_MODELS
+from stepcal.step_time.one_step import batch_of, check_within_limits, wide_server
 from stepcal.step_time.physical_parameters import API_PARAMETERS, PARAMETERS
 
 DEFAULT = "default"
@@ -135,21 +136,15 @@ class StepTimeModel:
         Raises
         ------
         InputError
-            If the model says nothing of the deployment, or a count is not positive.
+            If the model says nothing of the deployment, a count is not a positive whole number, or the step is beyond a
+            limit of the deployment's server.
         """
-        contexts = prefill_chunk_tokens if prefill_kv_lens is None else prefill_kv_lens
-        decode, chunks, kv = (np.asarray(v, dtype=np.int32) for v in (decode_kv_lens, prefill_chunk_tokens, contexts))
-        if chunks.shape != kv.shape or min([1, *decode, *chunks]) < 1 or (kv < chunks).any() or waiting < 0:
-            raise InputError(
-                f"`decode_kv_lens` {list(decode_kv_lens)}, `prefill_chunk_tokens` {list(prefill_chunk_tokens)}, "
-                f"`prefill_kv_lens` {list(contexts)}, `waiting` {waiting}: lengths are at least 1, a context holds its "
-                "chunk, and every prefilling request has both."
-            )
+        batch = batch_of(decode_kv_lens, prefill_chunk_tokens, prefill_kv_lens, waiting)
         if deployment.server is None:
-            deployment = replace(deployment, server=_wide_server(decode, chunks, kv))
-        return add_components(
-            self.compile(deployment)(StepBatch(chunks, kv, decode, waiting, windows=deployment.sliding))
-        )
+            deployment = replace(deployment, server=wide_server(batch))
+        batch = replace(batch, windows=deployment.sliding)
+        check_within_limits(batch, deployment.limits)
+        return add_components(self.compile(deployment)(batch))
 
     def compile(self, deployment: Deployment) -> CompiledStepTime:
         """Compile the step time of one deployment, for the simulator; layers with a window read no more than that.
@@ -174,8 +169,20 @@ class StepTimeModel:
         return compile_corrections(corrections, theta, deployment)
 
     def notes(self, deployment: Deployment) -> list[str]:
-        """Return what a reader should know of the step time of a deployment: kernels that were not measured on its GPU."""
-        return kernel_notes(deployment) if self.variant == KERNELS.variant else []
+        """Return what a reader should know of the step time of a deployment.
+
+        Kernels that were not measured on its GPU, what no measured server stands behind, a model that learned something
+        else than the time of a step, and a server that cannot be.
+        """
+        notes = [] if deployment.memory_note is None else [deployment.memory_note]
+        if self.variant == KERNELS.variant:
+            return notes + kernel_notes(deployment)
+        if self.variant in SHIPPED_VARIANTS and Path(self.origin).parent == data_folder() / "coefficients":
+            notes.append(
+                f"`{self.variant}` was fitted to the study's label, which is CPU time of the scheduler: latencies that are "
+                "simulated with it are no predictions of a server's."
+            )
+        return notes + ([] if self.variant == AFFINE else unvalidated_notes(deployment))
 
     def of_experiment(self, experiment_id: str) -> StepTimeModel:
         """Return the coefficients of one experiment: of a baseline that was fitted to several, its own; else the same.
@@ -272,17 +279,6 @@ class StepTimeModel:
                 "which one is meant (`--experiment ID`)."
             )
         return found[0]
-
-
-def _wide_server(decode: Int32Array, chunks: Int32Array, kv: Int32Array) -> ServerConfig:
-    """The usual limits, or wider ones where a step needs them."""
-    usual = ServerConfig(kv_blocks=2)
-    return replace(
-        usual,
-        max_num_seqs=max(decode.size + chunks.size, usual.max_num_seqs),
-        max_num_batched_tokens=max(int(decode.size + chunks.sum()), usual.max_num_batched_tokens),
-        max_model_len=max(usual.max_model_len, *decode.tolist(), *kv.tolist()),
-    )
 
 
 def load_coefficients(name_or_path: str) -> StepTimeModel:

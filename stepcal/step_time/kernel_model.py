@@ -63,8 +63,8 @@ class KernelParts:
 
     Attributes
     ----------
-    products_us, fixed_us : ndarray, shape (n_tokens,)
-        Products of all layers, and all-reduces and what small kernels move beyond their floors, by tokens from 0.
+    products_us, collectives_us, small_excess_us : ndarray, shape (n_tokens,)
+        Products of all layers, all-reduces, and what small kernels move beyond their floors, by tokens from 0.
     head_us, sampler_us : ndarray, shape (n_requests,)
         Output matrix, and sampling with the exchange of logits, by requests from 0.
     attention_floor_us, attention_request_us, attention_token_us, attention_prefill_kv_us, attention_pair_us : float
@@ -78,7 +78,8 @@ class KernelParts:
     """
 
     products_us: FloatArray
-    fixed_us: FloatArray
+    collectives_us: FloatArray
+    small_excess_us: FloatArray
     head_us: FloatArray
     sampler_us: FloatArray
     attention_floor_us: float
@@ -89,6 +90,11 @@ class KernelParts:
     attention_prefill_us: float
     block_token_us: float
     layers: int
+
+    @property
+    def fixed_us(self) -> FloatArray:
+        """What nothing is learned of, by tokens from 0."""
+        return self.collectives_us + self.small_excess_us
 
 
 def kernel_parts(
@@ -115,7 +121,8 @@ def kernel_parts(
     a, tp, attention = deployment.architecture, deployment.tensor_parallel, attention_costs(deployment, own)
     return KernelParts(
         products_us=_layers_us(padded, deployment, own, expert_skew),
-        fixed_us=_collectives_us(padded, deployment, own) + _small_excess_us(tokens, deployment, own),
+        collectives_us=_collectives_us(padded, deployment, own),
+        small_excess_us=_small_excess_us(tokens, deployment, own),
         head_us=gemm_us(
             own.of(GEMM, HEAD_PRECISION), deployment.accelerator, requests, a.vocab_size / tp, a.hidden_size
         )
@@ -215,8 +222,8 @@ def kernel_components_us(
         "products": v["products_scale"] * float(parts.products_us[n_tokens]),
         "head": v["products_scale"] * float(parts.head_us[batch.requests]),
         "attention": _attention_scale(v, deployment) * attention + parts.block_token_us * kv_tokens,
-        "small kernels": parts.layers * v["layer_us"],
-        "all-reduces": float(parts.fixed_us[n_tokens]),
+        "small kernels": parts.layers * v["layer_us"] + float(parts.small_excess_us[n_tokens]),
+        "all-reduces": float(parts.collectives_us[n_tokens]),
         "sampler": float(parts.sampler_us[batch.requests]),
         "mixed step": parts.layers * v["mixed_layer_us"] * float(n_prefill > 0),
     }

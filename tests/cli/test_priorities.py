@@ -12,7 +12,7 @@ from stepcal.cli.main import app
 from stepcal.datasets.request_traces import read_request_trace
 from stepcal.errors import InputError, NotModelledError
 from stepcal.experiments.vllm_flags import flags_of
-from stepcal.simulator import LoadStage, ServerConfig, Workload, replay_requests
+from stepcal.simulator import LoadStage, ServerConfig, Workload, make_requests, replay_requests
 
 SERVER = ["--architecture", "llama-2-7b", "--kv-blocks", "2000", "--coefficients", "default", "--max-num-seqs", "4"]
 
@@ -64,6 +64,23 @@ def test_simulate_refuses_what_vllm_refuses(tmp_path: Path, options: list[str], 
     run = CliRunner().invoke(app, ["simulate", *SERVER, "--requests", str(path), *options])
     assert run.exit_code != 0
     assert message in run.output
+
+
+def test_priorities_without_effect_are_noted(tmp_path: Path) -> None:
+    mixed, equal = trace(tmp_path / "a.csv", [0, 1]), trace(tmp_path / "b.csv", [4, 4])
+    ordered = ("--scheduling-policy", "priority")
+    assert any("have no effect" in note for note in simulated(mixed)["notes"])
+    assert any("other than the others'" in note for note in simulated(equal, *ordered)["notes"])
+    for notes in (simulated(mixed, *ordered)["notes"], simulated(equal)["notes"]):
+        assert not any("priorit" in note.lower() for note in notes)
+
+
+@pytest.mark.parametrize("priority", [[0.5, 1.0], [float("nan"), 0.0], [2**40, 0], ["a", "b"]])
+def test_a_list_has_whole_priorities(priority: list) -> None:
+    with pytest.raises(InputError, match=r"`priority` is .* whole numbers"):
+        make_requests([0.0, 0.0], [[(0, 100)], [(0, 100)]], 5, priority=np.array(priority))
+    with pytest.raises(InputError, match=r"`group_priorities` is .* whole numbers"):
+        workload(group_priorities=tuple(priority))
 
 
 def test_a_trace_has_priorities_or_none(tmp_path: Path) -> None:

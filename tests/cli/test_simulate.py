@@ -456,6 +456,7 @@ def test_an_empty_load_is_no_crash(folder: Path) -> None:
     result = json.loads(done.stdout)
     assert result["overall"]["requests"] == 0
     assert result["overall"]["e2e_ms"] == dict.fromkeys(QUANTILES)
+    assert any("no requests" in note for note in result["notes"])
 
 
 def test_help_names_every_option() -> None:

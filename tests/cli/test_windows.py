@@ -51,6 +51,22 @@ def run(*arguments: str) -> dict:
     return json.loads(done.stdout)
 
 
+def test_simulate_says_the_release_and_refuses_positions_that_the_model_has_not(tmp_path: Path) -> None:
+    config, table = tmp_path / "config.json", tmp_path / "r.csv"
+    config.write_text(json.dumps(GEMMA_3), encoding="utf-8")
+    table.write_text("arrival_s,prompt_tokens,output_tokens\n0,1200,10\n", encoding="utf-8")
+    common = ("simulate", "--architecture", str(config), "--requests", str(table), "--coefficients", "default")
+    notes = run(*common, "--kv-blocks", "2000", "--vllm-version", "0.25.0")["notes"]
+    assert any("0.25.0 was not recorded; it is simulated as 0.24.0" in note for note in notes)
+    common = (*common, "--kv-blocks", "400")
+    refused = RUNNER.invoke(app, [*common, "--max-model-len", "40000"])
+    assert refused.exit_code == 2
+    assert "above the 32,768 positions" in refused.stderr
+    endless = RUNNER.invoke(app, [*common, "--max-model-len", "2000", "--vllm-version", "0.19.0"])
+    assert endless.exit_code == 2
+    assert "this release counts whole sequences" in " ".join(endless.stderr.split())
+
+
 @pytest.fixture(params=[GPT_OSS_20B, GEMMA_3], ids=["gpt-oss-20b", "gemma-3-1b"])
 def folder(request, tmp_path: Path) -> Path:
     server = {k: v for k, v in SERVER.items() if k not in ("kv_blocks_total_gpu", "vllm_version", "model")}

@@ -125,7 +125,7 @@ def test_a_folder_without_runs_says_what_one_needs(tmp_path) -> None:
         ({"enable_prefix_caching": "no thanks"}, "`enable_prefix_caching` is 'no thanks'; it must be true or false"),
         ({"pipeline_parallel_size": 2}, "`pipeline_parallel_size: 2` asks for what the simulator does not model"),
         ({"vllm_version": "0.11.0"}, "older than the oldest release"),
-        ({"vllm_version": "newest"}, "must be a release like"),
+        ({"vllm_version": "newest"}, "must be a release of three numbers, like"),
     ],
 )  # fmt: skip
 def test_bad_settings_are_named(server: dict, message: str, tmp_path) -> None:

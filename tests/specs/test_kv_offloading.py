@@ -33,7 +33,7 @@ def test_no_pool_has_no_blocks_and_rejects_nobody() -> None:
 
 @pytest.mark.parametrize("gib", [-1.0, float("nan"), float("inf")])
 def test_a_size_that_is_none_is_refused(gib: float) -> None:
-    with pytest.raises(InputError, match="`gib` is"):
+    with pytest.raises(InputError, match="`kv_offloading_size` is"):
         offload_blocks(load_architecture("llama-2-7b"), gib)
 
 

@@ -15,7 +15,7 @@ from stepcal.errors import InputError, NotModelledError
 from stepcal.simulator.layout import Int32Array
 from stepcal.simulator.load.arrivals import MOST_REQUESTS, LoadStage, generate_arrivals
 from stepcal.simulator.load.clients import Clients, stage_starts
-from stepcal.simulator.load.workload import RequestList
+from stepcal.simulator.load.workload import RequestList, whole_priorities
 from stepcal.units import IntArray
 
 _MOST_TOKENS = 10**9  # lengths are 32-bit integers
@@ -82,6 +82,8 @@ class Workload:
                 raise InputError(
                     f"`{name}` of a shared-prefix workload is {getattr(self, name)}; it must be at most {_MOST_TOKENS}."
                 )
+        if self.group_priorities:
+            whole_priorities(self.group_priorities, "group_priorities")
         if self.group_priorities and len(self.group_priorities) != self.n_groups:
             raise InputError(
                 f"`group_priorities` has {len(self.group_priorities)} elements; there are {self.n_groups} groups, and each "

@@ -10,9 +10,25 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import ArrayLike
 
-from stepcal.errors import InputError
+from stepcal.errors import InputError, shown
 from stepcal.simulator.layout import Int32Array
 from stepcal.units import FloatArray, IntArray
+
+
+def whole_priorities(values: ArrayLike, name: str) -> Int32Array:
+    """Return priorities as the engine holds them.
+
+    Raises
+    ------
+    InputError
+        If one is no whole number of 32 bits.
+    """
+    given, bounds = np.asarray(values), np.iinfo(np.int32)
+    if given.dtype.kind not in "iu" or (given.size and not bounds.min <= given.min() <= given.max() <= bounds.max):
+        raise InputError(
+            f"`{name}` is {shown(values)}; priorities are whole numbers from {bounds.min:,} to {bounds.max:,}."
+        )
+    return given.astype(np.int32, copy=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +84,8 @@ class RequestList:
 
     def __post_init__(self) -> None:
         n = self.arrival_s.size
+        if self.priority is not None:
+            object.__setattr__(self, "priority", whole_priorities(self.priority, "priority"))
         for name in ("prompt", "output_tokens", "output_content", "stage", "follows", "abort_s", "index", "priority"):
             values = getattr(self, name)
             if values is not None and values.shape != (n,):
@@ -191,5 +209,5 @@ def make_requests(
         follows=integers(follows, np.int32),
         abort_s=None if abort_s is None else np.asarray(abort_s, dtype=np.float64),
         index=integers(index, np.int64),
-        priority=integers(priority, np.int32),
+        priority=None if priority is None else whole_priorities(priority, "priority"),
     )
