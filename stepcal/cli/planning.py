@@ -85,7 +85,9 @@ def predict(
         kv_cache_dtype=kv_cache_dtype,
         vllm_version=release,
     )
-    served, known = deployment_from(options), load_known(coefficients)
+    if like is not None and vllm_version is None:
+        options, assumed = {**options, "vllm_version": None}, []  # as the folder says
+    served, known = deployment_from(options, like), load_known(coefficients)
     beyond = deployment_outside(served.deployment, known.validity)
     of_kernels = known.coefficients.notes(served.deployment)
     notes = [*served.notes, *assumed, *of_kernels, *(f"extrapolated: {text}" for text in beyond)]

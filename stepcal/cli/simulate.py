@@ -105,7 +105,9 @@ def _with_cache(
     size, notes = block_size_of(given, architecture, accelerator, server.vllm_version, precision)
     windows = architecture.windows_of(server.vllm_version)
     if windows is not None:
-        is_off = options.kv_offloading_gib > 0 and server.release.drops_groups_with_connector
+        is_off = server.disable_hybrid_kv_cache_manager
+        if is_off is None:
+            is_off = options.kv_offloading_gib > 0 and server.release.drops_groups_with_connector
         windows = windows.in_cache(is_hybrid_cache_off=is_off)
     cache = KvCache(architecture, windows, options.tensor_parallel, size, precision, server.vllm_version)
     pool = offload_blocks(architecture, options.kv_offloading_gib, block_size=size, cache=cache)

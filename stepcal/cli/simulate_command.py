@@ -72,6 +72,13 @@ def simulate(
         bool,
         typer.Option("--enable-chunked-prefill/--no-enable-chunked-prefill", help="Split prompts over several steps."),
     ] = True,
+    disable_hybrid_kv_cache_manager: Annotated[
+        bool | None,
+        typer.Option(
+            "--disable-hybrid-kv-cache-manager/--no-disable-hybrid-kv-cache-manager",
+            help="Keep the KV of layers with a window as if they had full attention. Default: as the release decides.",
+        ),
+    ] = None,
     vllm_version: Annotated[
         str | None,
         typer.Option("--vllm-version", help="Release of vLLM to serve as. Default: the newest that was recorded."),
@@ -165,6 +172,7 @@ def simulate(
         scheduling_policy=scheduling_policy,
         long_prefill_token_threshold=long_prefill_token_threshold,
         enable_chunked_prefill=chunked_prefill,
+        disable_hybrid_kv_cache_manager=disable_hybrid_kv_cache_manager,
     )
     options = SimulateOptions(
         architecture=architecture,

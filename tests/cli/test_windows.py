@@ -67,6 +67,27 @@ def test_simulate_says_the_release_and_refuses_positions_that_the_model_has_not(
     assert "this release counts whole sequences" in " ".join(endless.stderr.split())
 
 
+def test_without_the_hybrid_cache_a_window_saves_no_blocks(tmp_path: Path) -> None:
+    config, table = tmp_path / "config.json", tmp_path / "r.csv"
+    config.write_text(json.dumps(GEMMA_3), encoding="utf-8")
+    rows = "".join(f"{i * 0.01},3000,200\n" for i in range(20))
+    table.write_text("arrival_s,prompt_tokens,output_tokens\n" + rows, encoding="utf-8")
+    common = (
+        "simulate",
+        "--architecture",
+        str(config),
+        "--kv-blocks",
+        "3000",
+        "--requests",
+        str(table),
+        "--coefficients",
+        "default",
+    )
+    hybrid, plain = run(*common), run(*common, "--disable-hybrid-kv-cache-manager")
+    assert hybrid["overall"]["completed"] == plain["overall"]["completed"] == 20
+    assert hybrid["overall"]["e2e_ms"]["mean"] != plain["overall"]["e2e_ms"]["mean"]
+
+
 @pytest.fixture(params=[GPT_OSS_20B, GEMMA_3], ids=["gpt-oss-20b", "gemma-3-1b"])
 def folder(request, tmp_path: Path) -> Path:
     server = {k: v for k, v in SERVER.items() if k not in ("kv_blocks_total_gpu", "vllm_version", "model")}

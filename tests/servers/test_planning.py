@@ -213,6 +213,18 @@ def test_a_release_is_predicted_and_the_newest_where_none_is_named() -> None:
     assert any("0.16.0 was not recorded" in note for note in asked(*step, "--vllm-version", "0.16.0")["notes"])
 
 
+def test_a_load_like_a_folders_is_served_by_the_folders_server(tmp_path: Path) -> None:
+    raw, mine = tmp_path / "raw", tmp_path / "mine"
+    for arguments in (["demo", "--out", str(raw)], ["ingest", str(raw), "--out", str(mine)]):
+        assert RUNNER.invoke(app, arguments).exit_code == 0
+    (mine / "exp-config.yaml").write_text("model: llama-2-7b\nvllm_version: 0.19.0\nkv_blocks: 7000\n")
+    like = ("predict", "--like", str(mine), "--accelerator", "h100-sxm", "--rate", "2")
+    notes = asked(*like)["notes"]
+    assert any("0.19.0" in note for note in notes)
+    assert not any("KV blocks are not given" in note or "--vllm-version" in note for note in notes)
+    assert any("0.33.0" in note for note in asked(*like, "--vllm-version", "0.33.0")["notes"])
+
+
 def test_plans_and_comparisons_say_what_they_assume() -> None:
     choice = ("--gpu", "h100-sxm", "--gpu", "l40s", "--tp", "1", "--vllm-version", "0.15.1")
     found = asked("plan", *COMMON, "--target", "tpot<=50ms", *choice)
