@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -131,34 +132,40 @@ def calibrate(
         "learned": judgement.calibration.learned,
         "log_odds": judgement.calibration.log_odds,
         "error_factor": judgement.calibration.error_factor,
-        "determined": list(judgement.calibration.determined),
-        "parameters": [dict(p) for p in file.parameters],
+        "determined": list(judgement.calibration.identified),
+        "parameters": [_parameter(p, judgement.calibration, start.values) for p in file.parameters],
         "errors": judgement.errors.to_dict("records"),
         "left_out_stages": judgement.left_out.to_dict("records"),
         "bias": judgement.bias.to_dict("records"),
         "log_sd": judgement.log_sd,
         "validity": judgement.validity.document(),
     }
-    emit(result, json_out, "\n".join(_calibration_lines(result, judgement, prior, out)))
+    emit(result, json_out, "\n".join(_calibration_lines(judgement, start.values, prior, out)))
 
 
-def _calibration_lines(result: dict[str, Any], judgement: Any, prior: str, out: Path) -> list[str]:
-    from stepcal.servers.coefficient_file import learned_words
+def _parameter(entry: Mapping[str, Any], fitted: Any, prior: Mapping[str, float]) -> dict[str, Any]:
+    """A parameter of the file, with the prior's value, the median that its interval is around, and its state."""
+    name = entry["name"]
+    if "low" not in entry:
+        return {**entry, "prior": prior[name]}
+    return {**entry, "prior": prior[name], "median": fitted.free(name), "state": fitted.state(name)}
+
+
+def _calibration_lines(judgement: Any, values: Mapping[str, float], prior: str, out: Path) -> list[str]:
+    from stepcal.servers.coefficient_file import learned_words, parameter_lines
+    from stepcal.servers.inference.learning import GPU_SPEED
 
     fitted = judgement.calibration
     lines = [f"{out}: {learned_words(fitted)} (prior: {prior})"]
     if fitted.learned:
-        lines.append(
-            f"  odds against the prior's values: e^{fitted.log_odds:.1f} to 1; all else keeps the prior's values"
-        )
+        speed = f"{GPU_SPEED} moves all times of the GPU, " if GPU_SPEED in fitted.learned else ""
+        kept = f"{speed}all else keeps the prior's values"
+        lines.append(f"  odds against the prior's values: e^{fitted.log_odds:.1f} to 1; {kept}")
+    known = f"{len(fitted.identified)} of {len(fitted.parameters)}"
     lines.append(
-        f"{len(fitted.determined)} of {len(fitted.parameters)} parameters are determined by the data (95% intervals)"
+        f"values that the data determine: {known} (learned by themselves, or known to half of the prior's spread)"
     )
-    for p in result["parameters"]:
-        if "low" not in p:
-            continue
-        state = fitted.state(p["name"])
-        lines.append(f"  {p['name']:<26}{p['value']:>12.4g} {p['unit']:<4} [{p['low']:.4g}, {p['high']:.4g}]   {state}")
+    lines += parameter_lines(fitted, values)
     lines.append("signed error of means (%), before -> after")
     for table in (judgement.errors, judgement.left_out):
         for (run, part, metric), rows in table.groupby(["run", "part", "metric"], sort=False):

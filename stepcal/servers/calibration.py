@@ -3,7 +3,8 @@
 The log is sent again in the simulator (closed loop), and over blocks of time the errors ``log predicted - log measured``
 are compared with those that the model is expected to keep (`stepcal.servers.inference.error_model`). Two questions follow.
 *Does the server differ from the prior?* Only parameters that the log speaks for move, the others keep the prior's values
-(`stepcal.servers.inference.learning`). *What may each parameter be?* Intervals are of the posterior of all of them together.
+(`stepcal.servers.inference.learning`). *What may each parameter be?* Intervals are of the posterior of all of them together,
+around a median of its own; a value outside of it is in doubt.
 """
 
 from __future__ import annotations
@@ -26,7 +27,14 @@ from stepcal.servers.inference.blocks import (
     training_mask,
 )
 from stepcal.servers.inference.error_model import ErrorModel, error_model_at
-from stepcal.servers.inference.learning import GPU_SPEED_LOG_SD, OFF_GPU, directions_of, learn, linear_evidence
+from stepcal.servers.inference.learning import (
+    GPU_SPEED,
+    GPU_SPEED_LOG_SD,
+    OFF_GPU,
+    directions_of,
+    learn,
+    linear_evidence,
+)
 from stepcal.servers.inference.posterior import Belief, draw
 from stepcal.servers.log import ServedLog
 from stepcal.servers.replay import replayed_latencies_s, with_values
@@ -45,6 +53,8 @@ DIFFERENCE_STEP = 0.1
 change batches jitter a block's mean by 1e-4: a step of 4e-3 turned that into information that the data do not hold."""
 AT_BOUND = 1.001
 """A value that is nearer to the bound of its search than by this factor is at it."""
+NEAR_BOUND = 1.01
+"""An interval that ends nearer to a bound than by this factor ends there: draws stop just short of it."""
 SMALL_CHANGE = 1e-3
 MAX_EVALUATIONS = 12
 CONVERGED = 1e-3
@@ -68,7 +78,7 @@ class ServerCalibration:
     log_odds : float
         Of that against the prior's values, given data and prior odds; 0 where nothing was learned.
     determined : tuple of str
-        Parameters that were learned, and those that the data know as the prior has them: their spread at least halves.
+        Parameters that were learned by themselves, and those whose spread the data at least halve.
     draws : ndarray, shape (n_draws, n_parameters)
         Logarithms of the parameters, drawn given data and prior.
     shrinkage : dict
@@ -98,29 +108,52 @@ class ServerCalibration:
         is_moved = sum((along[name] for name in self.learned), np.zeros(len(self.parameters))) > 0
         return tuple(p.name for p, moved in zip(self.parameters, is_moved, strict=True) if moved)
 
+    @property
+    def in_doubt(self) -> tuple[str, ...]:
+        """Parameters whose values lie outside of what all parameters together allow.
+
+        A value comes of as few changes as the odds pay for, an interval of all parameters at once: where the two disagree,
+        the logs do not say which change it is, or no change of parameters is what they show.
+        """
+        limits = ((p.name, *self.interval(p.name)) for p in self.parameters)
+        return tuple(name for name, low, high in limits if not low <= self.coefficients.values[name] <= high)
+
+    @property
+    def identified(self) -> tuple[str, ...]:
+        """Parameters whose values the data determine: `determined`, and not in doubt."""
+        return tuple(name for name in self.determined if name not in self.in_doubt)
+
     def state(self, name: str) -> str:
-        """What the data say of a parameter, in words: learned, or why it has the prior's value."""
-        low, high = self.interval(name)
+        """Where a parameter's value comes from, in words: learned, moved with the GPU's speed, or the prior's, and why."""
+        if name in self.learned and self._at_bound(self.coefficients.values[name], name, AT_BOUND):
+            return "learned, up to its bound: look for a mistake with `stepcal check`"
+        if name in self.in_doubt:
+            kept = "learned" if name in self.learned else f"moves with {GPU_SPEED}" if name in self.moved else "kept"
+            reaches = any(self._at_bound(end, name, NEAR_BOUND) for end in self.interval(name))
+            wants = "look for a mistake with `stepcal check`" if reaches else "more stages may tell"
+            return f"in doubt: {kept}, but all free it is elsewhere{', at its bound' if reaches else ''}: {wants}"
+        if name in self.learned:
+            return "learned"
         if name in self.moved:
-            return (
-                "learned, up to its bound: look for a mistake with `stepcal check`"
-                if self._at_bound(name)
-                else "learned"
-            )
-        if not low <= self.coefficients.values[name] <= high:
-            return "in doubt: the odds ask for no change, more stages may"
+            return f"moves with {GPU_SPEED}"
         return "as the prior has it" if name in self.determined else "held by the prior"
 
-    def _at_bound(self, name: str) -> bool:
-        """Whether a value is as far as the search goes."""
+    def _at_bound(self, value: float, name: str, ratio: float) -> bool:
+        """Whether a value is as far as the search goes, but for a ratio."""
         p = next(p for p in self.parameters if p.name == name)
-        return not p.low * AT_BOUND < self.coefficients.values[name] < p.high / AT_BOUND
+        return not p.low * ratio < value < p.high / ratio
+
+    def free(self, name: str) -> float:
+        """Median of a parameter given data and prior, all parameters free: what its interval is around."""
+        return float(np.exp(np.median(self._draws_of(name))))
 
     def interval(self, name: str) -> tuple[float, float]:
-        """95% interval of a parameter."""
-        i = [p.name for p in self.parameters].index(name)
-        low, high = np.exp(np.quantile(self.draws[:, i], [TAIL, 1 - TAIL]))
+        """95% interval of a parameter given data and prior, all parameters free."""
+        low, high = np.exp(np.quantile(self._draws_of(name), [TAIL, 1 - TAIL]))
         return float(low), float(high)
+
+    def _draws_of(self, name: str) -> FloatArray:
+        return self.draws[:, [p.name for p in self.parameters].index(name)]
 
 
 @threadpool_limits.wrap(limits=1)  # type: ignore[untyped-decorator]
@@ -194,7 +227,7 @@ def calibrate_server(
         error_factor=problem.factor,
         n_blocks=len(blocks),
     )
-    known = tuple(n for n in problem.names if n in result.moved or shrinkage[n] < DETERMINED_SHRINKAGE)
+    known = tuple(n for n in problem.names if n in result.learned or shrinkage[n] < DETERMINED_SHRINKAGE)
     values = {name: value for name, value in problem.values(found.x).items() if name in result.moved}
     return replace(result, determined=known, coefficients=with_values(prior, values))
 

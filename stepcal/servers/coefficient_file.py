@@ -106,9 +106,8 @@ def calibrated_file(
         entry: dict[str, Any] = {"name": name, "value": value, "unit": known[name].unit if name in known else "1"}
         if name in known:
             low, high = fitted.interval(name)
-            determined = name in fitted.determined
-            reason = None if determined else "the prior holds it more than the data"
-            entry |= {"low": low, "high": high, "identified": determined, "reason": reason}
+            reason = _why_unknown(fitted, name)
+            entry |= {"low": low, "high": high, "identified": reason is None, "reason": reason}
         else:
             entry |= {"identified": False, "reason": "it changes nothing on this server"}
         parameters.append(entry)
@@ -122,11 +121,47 @@ def calibrated_file(
     return StepmlFile(fitted.coefficients.variant, tuple(parameters), about)
 
 
+def _why_unknown(fitted: ServerCalibration, name: str) -> str | None:
+    """Why the data do not determine a parameter's value; None where they do."""
+    if name in fitted.in_doubt:
+        return f"the value is outside of the interval, which is around {fitted.free(name):.4g}, all parameters free"
+    return None if name in fitted.identified else "the prior holds it more than the data"
+
+
 def learned_words(fitted: ServerCalibration) -> str:
     """Say what was learned, or that the prior was kept."""
     if not fitted.learned:
         return "nothing learned: the data agree with the prior within the error that it is known to have"
     return "learned " + ", ".join(f"{name} x {factor:.3g}" for name, factor in fitted.learned.items())
+
+
+def parameter_lines(fitted: ServerCalibration, prior: Mapping[str, float]) -> list[str]:
+    """Say of each parameter which value is used, and what all of them together say of it.
+
+    Parameters
+    ----------
+    fitted : ServerCalibration
+    prior : mapping
+        The prior's values by name.
+    """
+    names = [p.name for p in fitted.parameters]
+    width = max(len(name) for name in names) + 2
+    lines = [
+        f"  {'':<{width}}{'prior':>10}{'used':>10}      {'all free: median [95%]':<30}where the used value comes from"
+    ]
+    for p in fitted.parameters:
+        low, high = fitted.interval(p.name)
+        free = f"{fitted.free(p.name):.4g} [{low:.4g}, {high:.4g}]"
+        unit = "" if p.unit == "1" else p.unit
+        values = f"{prior[p.name]:>10.4g}{fitted.coefficients.values[p.name]:>10.4g}"
+        lines.append(f"  {p.name:<{width}}{values} {unit:<5}{free:<30}{fitted.state(p.name)}")
+    if fitted.in_doubt:
+        lines.append(
+            f"  in doubt: {len(fitted.in_doubt)} of {len(names)} used values are outside of what all parameters together "
+            "allow. Another change than the one that was learned may be the true one, or a setting is not as said: see "
+            "`stepcal check`, and measure more stages (`stepcal design`)."
+        )
+    return lines
 
 
 def known_spreads(name_or_path: str) -> dict[str, float]:

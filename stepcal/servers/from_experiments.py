@@ -11,7 +11,7 @@ from stepcal.errors import InputError
 from stepcal.experiments.experiment import Experiment
 from stepcal.experiments.latencies import measured_latencies
 from stepcal.servers.calibration import ServerCalibration, calibrate_server
-from stepcal.servers.coefficient_file import learned_words
+from stepcal.servers.coefficient_file import learned_words, parameter_lines
 from stepcal.servers.inference.blocks import training_mask
 from stepcal.servers.log import log_of
 from stepcal.servers.priors import prior_of
@@ -31,8 +31,9 @@ class CalibrationResult:
         In what the server differs from the prior, with the factor on the prior's values: single parameters, or
         ``gpu_speed``, all times of the GPU together.
     table : DataFrame
-        A row a parameter that acts on the server: `name`, `unit`, `prior`, `value`, `low`, `high` (95%), and `state`:
-        ``learned``, ``as the prior has it``, ``held by the prior``, or ``in doubt``.
+        A row a parameter that acts on the server: `name`, `unit`, `prior`, `value` (that is used), `median`, `low`, `high`
+        (of the posterior of all parameters together, 95%), and `state`, where the value comes from: ``learned``, ``moves
+        with gpu_speed``, ``as the prior has it``, ``held by the prior``, or ``in doubt`` (outside of the interval).
     n_requests : int
         Requests that were learned from: the first 60% of each run's arrivals.
     experiments : tuple of str
@@ -49,16 +50,13 @@ class CalibrationResult:
 
     def report(self) -> str:
         """Return a text with what was learned, and each parameter with its interval and state."""
-        width = max(len(name) for name in self.table["name"]) + 2
         runs = f"{len(self.experiments)} experiment{'s' if len(self.experiments) > 1 else ''}"
+        prior = dict(zip(self.table["name"], self.table["prior"], strict=True))
         lines = [
             f"{self.model.variant} model, {runs}, {self.n_requests:,} training requests",
             learned_words(self.calibration),
+            *parameter_lines(self.calibration, prior),
         ]
-        for row in self.table.itertuples():
-            unit = "" if row.unit == "1" else f" {row.unit}"
-            value = f"{row.value:.4g}{unit}"
-            lines.append(f"  {row.name:<{width}}{value:<12} [{row.low:.3g}, {row.high:.3g}]  {row.state}")
         return "\n".join(lines)
 
 
@@ -108,11 +106,12 @@ def calibrate(
     logs = [log_of(e, measured_latencies(e)) for e in experiments]
     masks = [training_mask(log) for log in logs]
     fitted = calibrate_server(logs, start, parameters, masks=masks, seed=seed, workers=workers)
+    used = fitted.coefficients.values
     rows = [
-        (p.name, p.unit, start.values[p.name], fitted.coefficients.values[p.name], *fitted.interval(p.name))
+        (p.name, p.unit, start.values[p.name], used[p.name], fitted.free(p.name), *fitted.interval(p.name))
         for p in fitted.parameters
     ]
-    table = pd.DataFrame(rows, columns=["name", "unit", "prior", "value", "low", "high"])
+    table = pd.DataFrame(rows, columns=["name", "unit", "prior", "value", "median", "low", "high"])
     return CalibrationResult(
         model=fitted.coefficients,
         learned=fitted.learned,

@@ -224,6 +224,36 @@ def test_the_file_drives_the_simulator_and_carries_its_error(tmp_path: Path) -> 
     assert (tmp_path / "d.json").read_bytes() == out.read_bytes()
 
 
+def test_no_used_value_is_called_learned_outside_of_its_interval(tmp_path: Path) -> None:
+    """A log read with a setting that is not the server's: a few differences and all parameters free disagree."""
+    files = write_demo(tmp_path / "raw")
+    mine, out = tmp_path / "mine", tmp_path / "c.json"
+    assert RUNNER.invoke(app, ["ingest", *map(str, files), "--out", str(mine)]).exit_code == 0
+    (mine / "exp-config.yaml").write_text((tmp_path / "raw" / "exp-config.yaml").read_text())
+    arguments = ["calibrate", str(mine), "--out", str(out), "--vllm-version", "0.33.0", "--kv-cache-dtype", "fp8"]
+    result = RUNNER.invoke(app, [*arguments, "--json", "-"])
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    rows = {p["name"]: p for p in found["parameters"] if "low" in p}
+    assert set(found["learned"]) == {GPU_SPEED}
+    doubtful = set()
+    for name, row in rows.items():
+        assert row["low"] <= row["median"] <= row["high"]
+        if not row["low"] <= row["value"] <= row["high"]:
+            doubtful.add(name)
+            assert row["state"].startswith("in doubt")
+            assert not row["identified"]
+            assert "outside of the interval" in row["reason"]
+        elif name not in OFF_GPU:
+            assert row["state"] == f"moves with {GPU_SPEED}"
+            assert row["value"] == pytest.approx(found["learned"][GPU_SPEED] * row["prior"])
+    assert doubtful == {"api_before_us"}
+    assert rows["api_before_us"]["value"] == rows["api_before_us"]["prior"]
+    assert set(found["determined"]) == {name for name, row in rows.items() if row["identified"]}
+    assert "1 of 5 used values are outside of what all parameters together allow" in result.stderr
+    assert f"{GPU_SPEED} moves all times of the GPU" in result.stderr
+
+
 def test_summaries_alone_cannot_be_calibrated(exact_log: MakeLog) -> None:
     prior, parameters = prior_of("default")
     with pytest.raises(InputError, match="needs single requests"):
