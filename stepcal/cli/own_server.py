@@ -53,7 +53,7 @@ def check(
     Exit status 1 says that something looks like a mistake. Example: stepcal check mine --architecture llama-2-7b
     --accelerator h100-sxm --tp 1
     """
-    from stepcal.servers.checks import CheckOptions, check_log
+    from stepcal.servers.checks import CheckOptions, check_log, shared_notes
     from stepcal.servers.coefficient_file import load_known
     from stepcal.servers.log import read_logs
 
@@ -73,8 +73,9 @@ def check(
     known = load_known(coefficients)
     logs = read_logs(folder, options, prompt_texts=prompt_texts)
     checks = [check_log(log, CheckOptions(known.coefficients, known.validity)) for log in logs]
-    result = {"coefficients": coefficients, "runs": [c.summary() for c in checks]}
-    emit(result, json_out, "\n".join(c.report() for c in checks))
+    notes = shared_notes([(c.run, c.notes) for c in checks])
+    result = {"coefficients": coefficients, "runs": [c.summary() for c in checks], "notes": notes}
+    emit(result, json_out, "\n".join([*(c.report() for c in checks), *(f"note: {note}" for note in notes)]))
     if any(c.suspicions for c in checks):
         raise typer.Exit(1)
 
@@ -103,6 +104,7 @@ def calibrate(
     Example: stepcal calibrate mine --architecture llama-2-7b --accelerator h100-sxm --tp 1 --out mine.json
     """
     from stepcal.exchange.stepml import json_text
+    from stepcal.servers.checks import log_notes, shared_notes
     from stepcal.servers.coefficient_file import calibrated_file
     from stepcal.servers.judgement import judge_calibration
     from stepcal.servers.log import log_hashes, read_logs
@@ -139,8 +141,10 @@ def calibrate(
         "bias": judgement.bias.to_dict("records"),
         "log_sd": judgement.log_sd,
         "validity": judgement.validity.document(),
+        "notes": shared_notes([(log.run, log_notes(log, start)) for log in logs]),
     }
-    emit(result, json_out, "\n".join(_calibration_lines(judgement, start.values, prior, out)))
+    lines = [*_calibration_lines(judgement, start.values, prior, out), *(f"note: {n}" for n in result["notes"])]
+    emit(result, json_out, "\n".join(lines))
 
 
 def _parameter(entry: Mapping[str, Any], fitted: Any, prior: Mapping[str, float]) -> dict[str, Any]:

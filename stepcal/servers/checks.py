@@ -20,6 +20,8 @@ from stepcal.servers.validity import Validity, outside
 from stepcal.step_time.coefficients import StepTimeModel
 from stepcal.units import PERCENT
 
+LOOKED_AT = "model, GPU, TP, weights, KV cache, attention, load; the release of vLLM is not looked at"
+
 
 @dataclass(frozen=True)
 class Check:
@@ -34,6 +36,7 @@ class Check:
     outside : tuple of str
         Where the run lies outside of what the coefficients were fitted on; empty is inside.
     notes : tuple of str
+        What was assumed of the run and its server, and what to know of the step time there.
     """
 
     run: str
@@ -59,7 +62,7 @@ class Check:
         }
 
     def report(self) -> str:
-        """Return the check for a terminal."""
+        """Return the check for a terminal, without its notes: `shared_notes` has those of all runs."""
         lines = [f"{self.run}: signed error of the prediction (%), and what was measured (ms)"]
         lines.append(f"  {'':<10}{'':<6}" + "".join(f"{name:>20}" for name in ("mean", "p50", "p90", "p99")))
         for (split, metric), rows in self.table.groupby(["split", "metric"], sort=False):
@@ -71,8 +74,9 @@ class Check:
             lines.append(f"  {split:<10}{metric:<6}" + "".join(f"{cell:>20}" for cell in cells))
         lines += [f"  looks like a mistake: {s.text}" for s in self.suspicions]
         where = "; ".join(self.outside)
-        lines.append(f"  outside what was calibrated: {where}." if where else "  inside what was calibrated")
-        lines += [f"  note: {note}" for note in self.notes]
+        lines.append(
+            f"  outside what was calibrated: {where}." if where else f"  inside what was calibrated ({LOOKED_AT})"
+        )
         return "\n".join(lines)
 
 
@@ -118,4 +122,25 @@ def check_log(log: ServedLog, options: CheckOptions) -> Check:
     found: Sequence[Suspicion] = ()
     if options.look_for_mistakes:
         found = suspicions(log, options.coefficients, e2e, ttft)
-    return Check(log.run, table, tuple(found), tuple(outside(log, options.validity, e2e)), log.notes)
+    notes = log_notes(log, options.coefficients)
+    return Check(log.run, table, tuple(found), tuple(outside(log, options.validity, e2e)), notes)
+
+
+def log_notes(log: ServedLog, coefficients: StepTimeModel) -> tuple[str, ...]:
+    """Return what was assumed of a run and its server, and what to know of the step time there."""
+    return (*log.notes, *coefficients.notes(log.deployment))
+
+
+def shared_notes(by_run: Sequence[tuple[str, Sequence[str]]]) -> list[str]:
+    """Return the notes of several runs: once those that all have, the others with the runs in front.
+
+    Examples
+    --------
+    >>> shared_notes([("a", ["one", "two"]), ("b", ["one"])])
+    ['one', 'a: two']
+    """
+    runs: dict[str, list[str]] = {}
+    for run, notes in by_run:
+        for note in dict.fromkeys(notes):
+            runs.setdefault(note, []).append(run)
+    return [note if len(own) == len(by_run) else f"{', '.join(own)}: {note}" for note, own in runs.items()]

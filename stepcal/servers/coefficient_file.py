@@ -34,6 +34,8 @@ SHIPPED_VALIDITY = Validity(
     accelerators=("h100-sxm",),
     tensor_parallel=(1, 2, 4),
     bytes_per_weight=(2.0,),
+    kv_precision=("bf16",),
+    attention=("full",),
 )
 """What the shipped coefficients were fitted on: the 16 runs of the study (data/experiments.csv)."""
 

@@ -24,6 +24,10 @@ class Validity:
     architectures, accelerators : tuple of str
     tensor_parallel : tuple of int
     bytes_per_weight : tuple of float
+    kv_precision : tuple of str
+        What the KV cache was kept in: ``bf16`` (any 16 bits) or ``fp8``.
+    attention : tuple of str
+        Its kinds: ``full``, ``windows`` in some layers, ``latent``.
     batch_requests, context_tokens, requests_per_s : (float, float) or None
         Means of runs, smallest and largest.
     """
@@ -32,6 +36,8 @@ class Validity:
     accelerators: tuple[str, ...] = ()
     tensor_parallel: tuple[int, ...] = ()
     bytes_per_weight: tuple[float, ...] = ()
+    kv_precision: tuple[str, ...] = ()
+    attention: tuple[str, ...] = ()
     batch_requests: Range | None = None
     context_tokens: Range | None = None
     requests_per_s: Range | None = None
@@ -45,6 +51,8 @@ class Validity:
             accelerators=tuple(dict.fromkeys(log.deployment.accelerator.name for log in logs)),
             tensor_parallel=tuple(dict.fromkeys(log.deployment.tensor_parallel for log in logs)),
             bytes_per_weight=tuple(dict.fromkeys(float(log.deployment.architecture.bytes_per_weight) for log in logs)),
+            kv_precision=tuple(dict.fromkeys(log.deployment.kv_precision for log in logs)),
+            attention=tuple(dict.fromkeys(attention_kind(log.deployment) for log in logs)),
             batch_requests=_range([load["batch_requests"] for load in loads]),
             context_tokens=_range([load["context_tokens"] for load in loads]),
             requests_per_s=_range([load["requests_per_s"] for load in loads]),
@@ -90,19 +98,33 @@ def outside(log: ServedLog, validity: Validity, e2e_s: FloatArray) -> list[str]:
     return found
 
 
+def attention_kind(deployment: Deployment) -> str:
+    """Kind of a deployment's attention: ``latent``, ``windows`` where some layers read one that slides, else ``full``."""
+    if deployment.architecture.latent is not None:
+        return "latent"
+    return "full" if deployment.windows is None else "windows"
+
+
 def deployment_outside(deployment: Deployment, validity: Validity) -> list[str]:
-    """Name what of a deployment the coefficients were not fitted on."""
+    """Name what of a deployment the coefficients were not fitted on.
+
+    The release of vLLM is not looked at: it changes the schedule, which is simulated, and kernels, which notes speak of.
+    """
     own = {
         "architectures": deployment.architecture.name,
         "accelerators": deployment.accelerator.name,
         "tensor_parallel": deployment.tensor_parallel,
         "bytes_per_weight": float(deployment.architecture.bytes_per_weight),
+        "kv_precision": deployment.kv_precision,
+        "attention": attention_kind(deployment),
     }
     words = {
         "architectures": "the model",
         "accelerators": "the GPU",
         "tensor_parallel": "TP",
         "bytes_per_weight": "bytes a weight",
+        "kv_precision": "a KV cache in",
+        "attention": "attention of the kind",
     }
     found = []
     for name, value in own.items():

@@ -18,7 +18,10 @@ from stepcal.servers.coefficient_file import SHIPPED_VALIDITY, load_known
 from stepcal.servers.demo import demo_truth, write_demo
 from stepcal.servers.log import ServedLog, read_logs, summarise
 from stepcal.servers.suspicions import label_suspicion
+from stepcal.servers.validity import deployment_outside
+from stepcal.specs.deployment import Deployment
 from stepcal.specs.hardware import load_accelerator
+from stepcal.specs.layer_windows import LayerWindows
 
 RUNNER = CliRunner()
 MakeLog = Callable[..., ServedLog]
@@ -120,6 +123,34 @@ def test_another_gpu_or_width_is_outside_of_what_was_calibrated(exact_log: MakeL
     other = replace(log, deployment=replace(log.deployment, accelerator=load_accelerator("a100-80gb")))
     check = check_log(other, CheckOptions(demo_truth(), SHIPPED_VALIDITY, look_for_mistakes=False))
     assert any("a100-80gb" in text for text in check.outside)
+
+
+def test_check_and_calibrate_print_their_notes_once_and_look_at_the_kv_cache(tmp_path: Path) -> None:
+    mine = tmp_path / "mine"
+    ingest(write_demo(tmp_path / "raw", rates_per_s=(2.0, 4.0), stage_s=30.0), mine)
+    (mine / "exp-config.yaml").write_text((tmp_path / "raw" / "exp-config.yaml").read_text())
+    fp8 = ["--vllm-version", "0.33.0", "--kv-cache-dtype", "fp8"]
+    for command in (["check", str(mine)], ["calibrate", str(mine), "--out", str(tmp_path / "c.json")]):
+        result = RUNNER.invoke(app, [*command, *fp8, "--json", "-"])
+        assert result.exit_code == 0, result.output
+        notes = json.loads(result.stdout)["notes"]
+        assert len(notes) == len(set(notes))
+        for text in ("An FP8 KV cache is known from timings of kernels", "text of its own: nothing is cached"):
+            assert sum(note.startswith(text) or text in note for note in notes) == 1
+            assert result.stderr.count(text) == 1
+    assert json.loads((tmp_path / "c.json").read_text())["validity"]["kv_precision"] == ["fp8"]
+    runs = json.loads(RUNNER.invoke(app, ["check", str(mine), *fp8, "--json", "-"]).stdout)["runs"]
+    assert all(run["outside_validity"] == ["a KV cache in fp8 (calibrated on bf16)"] for run in runs)
+    inside = RUNNER.invoke(app, ["check", str(mine)])
+    assert "the release of vLLM is not looked at" in inside.output
+
+
+def test_windows_and_latent_attention_are_outside_of_what_was_calibrated() -> None:
+    windows = LayerWindows("sliding", 128, 16, 16)
+    full = Deployment.of("llama-2-7b", "h100-sxm", kv_blocks=1000)
+    windowed = Deployment(replace(full.architecture, windows=windows), full.accelerator, 1, None)
+    assert deployment_outside(full, SHIPPED_VALIDITY) == []
+    assert deployment_outside(windowed, SHIPPED_VALIDITY) == ["attention of the kind windows (calibrated on full)"]
 
 
 def test_the_command_says_what_is_wrong_and_exits_with_1(tmp_path: Path) -> None:
