@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from stepcal.errors import InputError
 from stepcal.servers.load import PlannedLoad
 from stepcal.servers.targets import METRICS, Goal
 from stepcal.simulator import CompiledStepTime, StepBatch, simulate
@@ -56,7 +57,10 @@ class Server:
         return replace(self, step_time=scaled(self.step_time, factor))
 
     def latencies_ms(self, load: PlannedLoad, rate_per_s: float) -> dict[str, FloatArray]:
-        """Latencies by metric of the judged requests at a rate; NaN for one that does not complete."""
+        """Latencies by metric of the judged requests at a rate; NaN for one that does not complete.
+
+        The time per output token of a request with one output token is NaN as well: it has none.
+        """
         result = simulate(
             load.at_rate(rate_per_s),
             self.deployment.limits,
@@ -65,7 +69,8 @@ class Server:
             api_after_us=self.overheads_us.get("api_after_us", 0.0),
         )
         e2e, ttft = result.e2e_us()[load.judged] / US_PER_MS, result.ttft_us()[load.judged] / US_PER_MS
-        tpot = (e2e - ttft) / np.maximum(load.output_tokens[load.judged] - 1, 1)
+        gaps = np.asarray(load.output_tokens[load.judged] - 1, dtype=np.float64)
+        tpot = (e2e - ttft) / np.where(gaps > 0, gaps, np.nan)
         return dict(zip(METRICS, (ttft, tpot, e2e), strict=True))
 
     def is_met(self, load: PlannedLoad, rate_per_s: float, goal: Goal) -> bool:
@@ -86,6 +91,22 @@ def scaled(step_time: Any, factor: float) -> Any:
     return slower
 
 
+def check_goal(goal: Goal, load: PlannedLoad) -> None:
+    """Refuse a target on the time per output token of a load whose requests have none.
+
+    Raises
+    ------
+    InputError
+        If all judged requests have one output token, and a target is on TPOT.
+    """
+    own = [str(target) for target in goal.targets if target.metric == "tpot"]
+    if own and int(load.output_tokens[load.judged].max()) < 2:
+        raise InputError(
+            f"`--target {own[0]}` is on the time per output token, and all requests have 1 output token, so none has one. "
+            "Give `--output-len` 2 or more, or targets on `ttft` and `e2e`."
+        )
+
+
 def largest_rate(server: Server, load: PlannedLoad, goal: Goal) -> float:
     """Find the largest rate of the grid up to which the targets are kept.
 
@@ -99,7 +120,13 @@ def largest_rate(server: Server, load: PlannedLoad, goal: Goal) -> float:
     -------
     float
         Requests a second; 0 where not even the lowest rate keeps them.
+
+    Raises
+    ------
+    InputError
+        If no request of the load has what a target is on.
     """
+    check_goal(goal, load)
     rates = rates_per_s()
     k = last_true(lambda i: server.is_met(load, float(rates[i]), goal), len(rates))
     return 0.0 if k < 0 else float(rates[k])

@@ -13,7 +13,7 @@ from typing import Any
 from stepcal.errors import InputError
 from stepcal.experiments.options import Served, deployment_from
 from stepcal.parallel import run_jobs
-from stepcal.servers.capacity import Capacity, Server, capacity
+from stepcal.servers.capacity import Capacity, Server, capacity, check_goal
 from stepcal.servers.coefficient_file import KnownModel
 from stepcal.servers.load import PlannedLoad
 from stepcal.servers.targets import Goal
@@ -153,7 +153,13 @@ def plan(
         Choices that serve nothing within the targets come last.
     left_out : list of str
         What does not fit, and why.
+
+    Raises
+    ------
+    InputError
+        If no GPU and degree fits, or no request has what a target is on.
     """
+    check_goal(question.goal, question.load)
     candidates, left_out = [], []
     for gpu in gpus or tuple(accelerators()):
         for degree in degrees:

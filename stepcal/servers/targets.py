@@ -57,7 +57,8 @@ class Target:
         return cls(match[1], match[2] or "mean", float(match[3]) * _MS[match[4]])
 
     def value_ms(self, latencies_ms: FloatArray) -> float:
-        """Statistic of latencies."""
+        """Statistic of latencies, over the requests that have one."""
+        latencies_ms = latencies_ms[~np.isnan(latencies_ms)]
         if self.statistic == "mean":
             return float(latencies_ms.mean())
         return float(np.quantile(latencies_ms, float(self.statistic[1:]) / 100.0))
@@ -89,13 +90,16 @@ class Goal:
             raise InputError(f"`--goodput` is {self.goodput}; it is a share of requests, above 0 and at most 1.")
 
     def is_met(self, latencies_ms: Mapping[str, FloatArray]) -> bool:
-        """Whether latencies of requests (by metric, all completed) keep the targets; NaN keeps none."""
-        if any(not len(v) or np.isnan(v).any() for v in latencies_ms.values()):
+        """Whether latencies of requests (by metric, all completed) keep the targets; one that did not complete keeps none.
+
+        A request with one output token has no TPOT (NaN): it breaks no limit on it, and is not in its statistics.
+        """
+        if any(not len(latencies_ms[m]) or np.isnan(latencies_ms[m]).any() for m in ("ttft", "e2e")):
             return False
         if self.goodput is None:
             return all(t.value_ms(latencies_ms[t.metric]) <= t.limit_ms for t in self.targets)
-        kept = np.logical_and.reduce([latencies_ms[t.metric] <= t.limit_ms for t in self.targets])
-        return bool(kept.mean() >= self.goodput)
+        broken = np.logical_or.reduce([latencies_ms[t.metric] > t.limit_ms for t in self.targets])
+        return bool((~broken).mean() >= self.goodput)
 
     def values_ms(self, latencies_ms: Mapping[str, FloatArray]) -> dict[str, float]:
         """Value of each target's statistic."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -236,10 +237,37 @@ def test_plans_and_comparisons_say_what_they_assume() -> None:
     assert sum("max_model_len" in note for note in notes) == 1, "what is assumed of both is said once"
 
 
+ONE_TOKEN = ["--architecture", "llama-2-7b", "--accelerator", "h100-sxm", "--input-len", "300", "--output-len", "1"]
+
+
+def test_one_output_token_has_no_time_per_output_token() -> None:
+    nothing = dict.fromkeys(("mean", "p50", "p90", "p99"))
+    load = ("--rate", "3", "--requests", "100")
+    found = asked("predict", *ONE_TOKEN, *load)
+    assert found["latencies_ms"]["tpot"] == found["low_ms"]["tpot"] == nothing
+    assert found["latencies_ms"]["e2e"]["mean"] > 0
+    compared = asked("compare", "h100-sxm", "l40s", *ONE_TOKEN, *load)
+    assert compared["a"]["tpot"] == compared["b_over_a"]["tpot"] == nothing
+    served = asked("plan", *ONE_TOKEN[:2], *ONE_TOKEN[4:], "--gpu", "h100-sxm", "--tp", "1", "--target", "ttft<=1s")
+    assert served["choices"][0]["capacity"]["rate_per_s"] > 0
+
+
+def test_targets_on_tpot_are_over_the_requests_that_have_one(server: Server) -> None:
+    lengths = np.where(np.arange(len(LOAD)) % 2, 60, 1)
+    mixed = replace(LOAD, output_tokens=lengths)
+    found = server.latencies_ms(mixed, 3.0)
+    assert np.isnan(found["tpot"]).sum() == (lengths[mixed.judged] == 1).sum()
+    longest = float(np.nanmax(found["tpot"]))
+    for goodput in (None, 1.0):
+        assert goal_of([f"tpot.p99<={longest * 1.01:.4f}ms"], goodput).is_met(found)
+    assert not goal_of([f"tpot.mean<={np.nanmean(found['tpot']) / 1.01:.4f}ms"]).is_met(found)
+
+
 @pytest.mark.parametrize(
     ("arguments", "problem"),
     [
         (["plan", *COMMON, "--target", "fast"], "is no target"),
+        (["plan", *ONE_TOKEN[:2], *ONE_TOKEN[4:], "--target", "tpot<=20ms"], "Give `--output-len` 2 or more"),
         (["plan", *COMMON[:2], "--target", "tpot<=20ms"], "give `--input-len` and"),
         (["plan", *COMMON, "--target", "tpot<=20ms", "--tp", "3"], "Nothing to plan with"),
         (["plan", *COMMON, "--target", "tpot<=20ms", "--prices", "none.csv"], "is no price table"),
