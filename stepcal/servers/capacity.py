@@ -15,7 +15,7 @@ from stepcal.simulator import CompiledStepTime, StepBatch, simulate
 from stepcal.simulator.steptime import add_components
 from stepcal.specs.deployment import Deployment
 from stepcal.step_time.coefficients import StepTimeModel
-from stepcal.units import FloatArray
+from stepcal.units import MS_PER_S, FloatArray
 
 LOWEST_RATE_PER_S, GRID_RATIO, GRID_SIZE = 0.02, 1.02, 640
 """Rates that are asked for: 0.02 to 6,000 a second, each 2% above the last."""
@@ -24,6 +24,13 @@ LOOK_BACK = 3
 NORMAL_95 = 1.959964
 """Half-width of a 95% interval of a normal distribution, in standard deviations."""
 US_PER_MS = 1e3
+STEADY_SHARE = 5.0
+"""Requests of a sample for each one in flight, below which a rate is that of a burst. A sample that ends before the queue of
+an overload has grown keeps targets that the load would not: of n requests with N in flight, by up to N / n of the rate."""
+LARGEST_GROWTH = 10
+"""Most times as many requests that a user is told to ask with next."""
+AT_LEAST, AT_MOST, UNKNOWN = "at least", "at most", "unknown"
+"""What a rate is where it is not the answer: the end of the search, that of a burst, or both."""
 
 
 def rates_per_s() -> FloatArray:
@@ -163,18 +170,62 @@ def last_true(holds: Callable[[int], bool], n: int) -> int:
 
 @dataclass(frozen=True)
 class Capacity:
-    """Largest rate of one server, with the interval that the model's error gives it."""
+    """Largest rate of one server, with the interval that the model's error gives it.
+
+    Attributes
+    ----------
+    rate_per_s, low_per_s, high_per_s : float
+    bound, low_bound, high_bound : {"at least", "at most", "unknown"} or None
+        What each rate is where it is not the answer: ``at least`` is the end of the search. ``at most`` is the rate of a
+        burst: the sample is too short for it, and a load that lasts keeps the targets at a lower one. Both are ``unknown``.
+    more_requests : int or None
+        Requests to ask with next where one is of a burst.
+    """
 
     rate_per_s: float
     low_per_s: float
     high_per_s: float
+    bound: str | None = None
+    low_bound: str | None = None
+    high_bound: str | None = None
+    more_requests: int | None = None
+
+    @property
+    def is_bound(self) -> bool:
+        """Whether any of the rates is not the answer."""
+        return any((self.bound, self.low_bound, self.high_bound))
 
 
 def capacity(server: Server, load: PlannedLoad, goal: Goal, *, log_sd: float) -> Capacity:
-    """Find the largest rate, and those with every step slower and faster by 1.96 `log_sd`, the model's error."""
+    """Find the largest rate, and those with every step slower and faster by 1.96 `log_sd`, the model's error.
+
+    Raises
+    ------
+    InputError
+        If no request of the load has what a target is on.
+    """
     factor = float(np.exp(NORMAL_95 * log_sd))
+    servers = (server, server.slower(factor), server.slower(1.0 / factor))
+    rates = [largest_rate(s, load, goal) for s in servers]
+    in_flight = [requests_in_flight(s, load, rate) for s, rate in zip(servers, rates, strict=True)]
+    bounds = [_bound(rate, n, len(load)) for rate, n in zip(rates, in_flight, strict=True)]
+    is_burst = any(bound in (AT_MOST, UNKNOWN) for bound in bounds)
+    # Not at once as many as the burst would need: a longer sample has a lower rate, and needs fewer.
+    wanted = int(np.clip(STEADY_SHARE * max(in_flight), 2 * len(load), LARGEST_GROWTH * len(load)))
+    (rate, low, high), (bound, low_bound, high_bound) = rates, bounds
     return Capacity(
-        largest_rate(server, load, goal),
-        largest_rate(server.slower(factor), load, goal),
-        largest_rate(server.slower(1.0 / factor), load, goal),
+        rate, low, high, bound, low_bound, high_bound, more_requests=-(-wanted // 100) * 100 if is_burst else None
     )
+
+
+def requests_in_flight(server: Server, load: PlannedLoad, rate_per_s: float) -> float:
+    """Requests in flight at a rate that lasts, by Little's law."""
+    return rate_per_s * float(server.latencies_ms(load, rate_per_s)["e2e"].mean()) / MS_PER_S if rate_per_s else 0.0
+
+
+def _bound(rate_per_s: float, in_flight: float, n_requests: int) -> str | None:
+    """What a rate is where it is not the answer."""
+    is_burst = STEADY_SHARE * in_flight > n_requests
+    if rate_per_s >= float(rates_per_s()[-1]):
+        return UNKNOWN if is_burst else AT_LEAST
+    return AT_MOST if is_burst else None

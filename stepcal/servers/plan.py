@@ -13,7 +13,7 @@ from typing import Any
 from stepcal.errors import InputError
 from stepcal.experiments.options import Served, deployment_from
 from stepcal.parallel import run_jobs
-from stepcal.servers.capacity import Capacity, Server, capacity, check_goal
+from stepcal.servers.capacity import AT_LEAST, AT_MOST, UNKNOWN, Capacity, Server, capacity, check_goal
 from stepcal.servers.coefficient_file import KnownModel
 from stepcal.servers.load import PlannedLoad
 from stepcal.servers.targets import Goal
@@ -23,6 +23,8 @@ from stepcal.specs.hardware import accelerators
 from stepcal.specs.kv_cache import AUTO
 
 DEGREES = (1, 2, 4, 8)
+OTHER_SIDE = {AT_LEAST: AT_MOST, AT_MOST: AT_LEAST, UNKNOWN: UNKNOWN}
+"""What a number of replicas is where the rate of one is a bound."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,10 @@ class Choice:
         That serve the asked rate; None where no rate was asked for.
     replicas_low, replicas_high : int or None
         With the model's error to either side.
+    replicas_bound : {"at least", "at most", "unknown"} or None
+        What `replicas` is where the capacity is a bound: the other side of it.
+    is_bound : bool
+        Whether a rate of the capacity is the end of the search, or of too short a sample.
     gpus : int
         Of all replicas.
     price_per_h : float or None
@@ -69,6 +75,8 @@ class Choice:
     log_sd: float
     flags: str
     notes: tuple[str, ...] = ()
+    replicas_bound: str | None = None
+    is_bound: bool = False
     is_efficient: bool = False
 
     def row(self) -> dict[str, Any]:
@@ -210,6 +218,8 @@ def _choice(served: Served, found: Capacity, question: Question, model: KnownMod
         log_sd=model.log_sd_on(gpu),
         flags=launch_command(deployment),
         notes=(*served.notes, *model.coefficients.notes(deployment)),
+        replicas_bound=None if needed is None else OTHER_SIDE.get(found.bound or ""),
+        is_bound=found.is_bound,
     )
 
 

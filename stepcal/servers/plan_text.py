@@ -6,26 +6,27 @@ import io
 from collections.abc import Sequence
 
 from stepcal.errors import InputError
-from stepcal.servers.plan import Choice, cost_of, served_of
+from stepcal.servers.capacity import AT_LEAST, AT_MOST, UNKNOWN, rates_per_s
+from stepcal.servers.plan import OTHER_SIDE, Choice, cost_of, served_of
 
 WIDTH, HEIGHT = 60, 14
 MARK, FRONT = "o", "*"
+SIGNS: dict[str | None, str] = {None: "", AT_LEAST: ">= ", AT_MOST: "<= ", UNKNOWN: "? "}
+"""In front of a number that is a bound."""
 
 
 def plan_table(choices: Sequence[Choice], left_out: Sequence[str]) -> str:
     """Return the ranked table, and what was left out."""
+    n, w = (max([least, *(2 + len(text(c)) for c in choices)]) for least, text in ((16, _replicas), (30, _rate)))
     lines = [
-        f"{'':>3} {'choice':<18}{'replicas':>16}{'GPUs':>6}{'price/h':>9}  {'requests/s of one [95%]':<30}{'basis':<14}"
+        f"{'':>3} {'choice':<18}{'replicas':>{n}}{'GPUs':>6}{'price/h':>9}  {'requests/s of one [95%]':<{w}}{'basis':<14}"
     ]
     for i, c in enumerate(choices, start=1):
-        replicas = "-" if c.replicas is None else f"{c.replicas} [{c.replicas_low or '-'}, {c.replicas_high or '-'}]"
         price = "-" if c.price_per_h is None else f"{c.price_per_h:.2f}"
-        found = c.capacity
-        rate = f"{found.rate_per_s:.2f} [{found.low_per_s:.2f}, {found.high_per_s:.2f}]" if found.rate_per_s else "none"
-        basis = "extrapolated" if c.is_extrapolated else "calibrated"
+        basis = ("extrapolated" if c.is_extrapolated else "calibrated") + (", bound" if c.is_bound else "")
         front = FRONT if c.is_efficient else " "
         name = f"{c.tensor_parallel} x {c.accelerator}"
-        lines.append(f"{i:>2}{front} {name:<18}{replicas:>16}{c.gpus:>6}{price:>9}  {rate:<30}{basis:<14}")
+        lines.append(f"{i:>2}{front} {name:<18}{_replicas(c):>{n}}{c.gpus:>6}{price:>9}  {_rate(c):<{w}}{basis:<14}")
     reasons = sorted({reason for c in choices for reason in c.is_extrapolated})
     lines += [f"  extrapolated: {reason}" for reason in reasons]
     sds = sorted({(c.accelerator, c.log_sd) for c in choices})
@@ -33,12 +34,58 @@ def plan_table(choices: Sequence[Choice], left_out: Sequence[str]) -> str:
         "  error of a step that the intervals hold (standard deviation): "
         + ", ".join(f"{g} {100 * s:.0f}%" for g, s in sds)
     )
+    lines += _bounds(choices)
     lines += [f"  left out: {text}" for text in left_out]
     best = next((c for c in choices if c.capacity.rate_per_s > 0), None)
     if best is not None:
         lines.append(f"  start one replica of the first with: {best.flags}")
         lines += [f"  note on the first: {note}" for note in best.notes]
     return "\n".join(lines)
+
+
+def _rate(c: Choice) -> str:
+    """Rate of one replica with its interval, each with a sign where it is a bound."""
+    found = c.capacity
+    if not found.rate_per_s:
+        return "none"
+    ends = (found.rate_per_s, found.bound), (found.low_per_s, found.low_bound), (found.high_per_s, found.high_bound)
+    rate, low, high = (f"{SIGNS[bound]}{value:.2f}" for value, bound in ends)
+    return f"{rate} [{low}, {high}]"
+
+
+def _replicas(c: Choice) -> str:
+    """Replicas with their interval; each is on the other side of a rate that is a bound."""
+    if c.replicas is None:
+        return "-"
+    found = c.capacity
+    ends = (c.replicas, found.bound), (c.replicas_low, found.high_bound), (c.replicas_high, found.low_bound)
+    # One replica is enough where it serves at least the rate: there is no smaller number.
+    texts = [
+        "-" if n is None else f"{'' if n == 1 and bound == AT_LEAST else SIGNS[OTHER_SIDE.get(bound or '')]}{n}"
+        for n, bound in ends
+    ]
+    return f"{texts[0]} [{texts[1]}, {texts[2]}]"
+
+
+def _bounds(choices: Sequence[Choice]) -> list[str]:
+    """What rates with a sign are, and how to ask better."""
+    lines = []
+    signs = {b for c in choices for b in (c.capacity.bound, c.capacity.low_bound, c.capacity.high_bound)}
+    more = max((c.capacity.more_requests or 0 for c in choices), default=0)
+    end = f"the search ends at {rates_per_s()[-1]:.2f} requests/s, and the targets are still kept"
+    if AT_LEAST in signs:
+        lines.append(f"  >=: {end}")
+    if UNKNOWN in signs:
+        lines.append(f"  ?: {end}, but only in a burst: what is served of a load that lasts is not known")
+    if AT_MOST in signs:
+        lines.append(
+            "  <=: the rate of a burst: a load that lasts keeps the targets at a lower rate, with more replicas"
+        )
+    if more:
+        lines.append(
+            f"  too few requests were simulated for the rate: ask with `--requests {more}`, again until no sign is left"
+        )
+    return lines
 
 
 def pareto_text(choices: Sequence[Choice]) -> str:

@@ -237,6 +237,42 @@ def test_plans_and_comparisons_say_what_they_assume() -> None:
     assert sum("max_model_len" in note for note in notes) == 1, "what is assumed of both is said once"
 
 
+BURST = ["--architecture", "llama-2-7b", "--gpu", "h100-sxm", "--tp", "1", "--input-len", "50", "--output-len", "20"]
+
+
+def test_a_rate_that_no_load_could_show_is_a_bound_and_says_how_to_ask_better() -> None:
+    """A hundred requests are a burst at any rate; twenty thousand show what lasts."""
+    arguments = ("plan", *BURST, "--target", "e2e.p90<=3000ms", "--rate", "20000")
+    short, middle, long = (asked(*arguments, "--requests", n)["choices"][0] for n in ("100", "2000", "20000"))
+    assert short["is_bound"] and short["replicas_bound"] == "unknown"
+    assert short["capacity"]["bound"] == "unknown"
+    assert short["capacity"]["rate_per_s"] == rates_per_s()[-1]
+    assert middle["is_bound"] and middle["replicas_bound"] == "at least"
+    assert middle["capacity"]["bound"] == "at most"
+    assert not long["is_bound"]
+    assert long["replicas_bound"] is None
+    assert long["capacity"]["rate_per_s"] < 0.3 * middle["capacity"]["rate_per_s"]
+    assert 2_000 < middle["capacity"]["more_requests"] <= 20_000
+    text = RUNNER.invoke(app, [*arguments, "--requests", "2000"]).output
+    assert f"ask with `--requests {middle['capacity']['more_requests']}`" in text
+    assert "<= 3524.80" in text
+    assert "calibrated, bound" in text
+    assert ">= 6 [" in text
+
+
+def test_the_end_of_the_search_is_at_least(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("stepcal.servers.capacity.GRID_SIZE", 200)  # up to 1.03 a second
+    arguments = ("plan", *COMMON, "--gpu", "h100-sxm", "--tp", "1", "--target", "e2e<=60s", "--rate", "3")
+    found = asked(*arguments)["choices"][0]
+    assert found["capacity"]["bound"] == "at least"
+    assert found["replicas_bound"] == "at most"
+    assert found["capacity"]["more_requests"] is None
+    text = RUNNER.invoke(app, list(arguments)).output
+    assert ">= 1.03 [>= 1.03, >= 1.03]" in text
+    assert "<= 3 [<= 3, <= 3]" in text
+    assert "the search ends at 1.03" in text
+
+
 ONE_TOKEN = ["--architecture", "llama-2-7b", "--accelerator", "h100-sxm", "--input-len", "300", "--output-len", "1"]
 
 
