@@ -36,6 +36,8 @@ CHUNKED_KEY = "enable_chunked_prefill"
 SWITCHES = ("enable_prefix_caching", "async_scheduling", CHUNKED_KEY, HYBRID_KEY)
 POLICY_KEY, THRESHOLD_KEY = "scheduling_policy", "long_prefill_token_threshold"
 VERSION_KEY = "vllm_version"
+OPTIONS = Path("the options")
+"""Stands for a file where all settings are options of a command."""
 KV_BYTES_KEY = "kv_cache_memory_bytes"
 DTYPES = ("auto", "half", "float16", "bfloat16", "fp16", "bf16")
 QUANTISATIONS = {
@@ -377,11 +379,13 @@ def _estimated_blocks(settings: Settings, cache: KvCache, accelerator: Accelerat
     overhead_gib = OVERHEAD_GIB + (OVERHEAD_OF_RANKS_GIB if tensor_parallel > 1 else 0.0)
     left_gib = share * _memory_gib(accelerator) - weights_gib - overhead_gib
     blocks = int(left_gib / (cache.block_bytes / BYTES_PER_GIB))
-    way_out = f"vLLM logs the number at start-up; add it as `{KV_BLOCK_KEYS[0]}` to {settings.path}."
+    where = "as `--kv-blocks`" if settings.path == OPTIONS else f"as `{KV_BLOCK_KEYS[0]}` in {settings.path}"
+    way_out = f"vLLM logs the number at start-up; give it {where}."
     if blocks < 2:
         raise InputError(
             f"{settings.path}: how many KV blocks the server had is not said, and the weights of {architecture.name} "
-            f"({weights_gib:.1f} GiB a rank) leave no room for any on {accelerator.name}. {way_out}"
+            f"({weights_gib:.1f} GiB a rank) leave no room for any on {accelerator.name}. Take more ranks, a larger GPU or "
+            f"narrower weights. If the server ran: {way_out}"
         )
     return blocks, f"KV blocks are not given; {blocks:,} were estimated from the GPU's memory. {way_out}"
 

@@ -10,6 +10,7 @@ from typing import Any
 from stepcal.errors import InputError
 from stepcal.experiments.engine_args import (
     CONFIG_NAMES,
+    OPTIONS,
     Settings,
     accelerator_of,
     kv_cache_dtype_of,
@@ -61,7 +62,7 @@ def deployment_from(options: Mapping[str, Any], folder: Path | None = None) -> S
         )
     gpu = given.get("accelerator")
     about = {k: v for k, v in values.items() if k not in ("architecture", "accelerator")}
-    path, of_file = (Path("the options"), ()) if file is None else (file.path, file.notes)
+    path, of_file = (OPTIONS, ()) if file is None else (file.path, file.notes)
     settings = Settings(path, about, of_file)
     read = resolve_architecture(str(model), max_model_len=settings.whole("max_model_len"))
     architecture, as_served = served_architecture(settings, read)

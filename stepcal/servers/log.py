@@ -171,7 +171,7 @@ def read_logs(folder: Path, options: Mapping[str, Any], *, prompt_texts: int | N
     Raises
     ------
     InputError
-        If the folder holds no runs, or the server is not said.
+        If the folder holds no runs, the server is not said, or options contradict runs that have settings of their own.
     """
     if (folder / MANIFEST).is_file():
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
@@ -180,7 +180,25 @@ def read_logs(folder: Path, options: Mapping[str, Any], *, prompt_texts: int | N
         raise InputError(f"{folder} is no folder. `stepcal ingest SOURCE --out {folder}` makes one.")
     gpu = options.get("accelerator")
     cases = read_experiment_folder(folder, accelerator=None if gpu is None else str(gpu))
+    for experiment, _ in cases:
+        _refuse_contradiction(experiment, options)
     return [log_of(experiment, known) for experiment, known in cases]
+
+
+def _refuse_contradiction(experiment: Experiment, options: Mapping[str, Any]) -> None:
+    """Runs in the layout of inference-perf have settings of their own, which an option does not change."""
+    deployment = experiment.deployment
+    own: dict[str, Any] = {
+        "tensor_parallel_size": deployment.tensor_parallel,
+        "kv_cache_dtype": deployment.kv_cache_dtype,
+        **vars(deployment.limits),
+    }
+    for name, value in options.items():
+        if value is not None and name in own and value != own[name]:
+            raise InputError(
+                f"`{name}` is {value}, and {experiment.experiment_id} has {own[name]} by its settings. Put it into the run's "
+                "`exp-config.yaml`, or leave the option out."
+            )
 
 
 def log_of(experiment: Experiment, known: pd.DataFrame, *, seed: int = 0) -> ServedLog:

@@ -9,9 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from run_folders import SERVER, write_run
 from typer.testing import CliRunner
 
 from stepcal.cli.main import app
+from stepcal.errors import InputError
 from stepcal.ingest import ingest
 from stepcal.servers.checks import CheckOptions, check_log
 from stepcal.servers.coefficient_file import SHIPPED_VALIDITY, load_known
@@ -33,6 +35,15 @@ def kinds(log: ServedLog) -> set[str]:
 
 def relabelled(log: ServedLog, e2e: np.ndarray, ttft: np.ndarray) -> ServedLog:
     return replace(log, e2e_s=e2e, ttft_s=ttft, summaries=summarise(e2e, ttft, log.requests.output_tokens, log.stage))
+
+
+def test_an_option_that_contradicts_a_runs_settings_is_refused(tmp_path: Path) -> None:
+    write_run(tmp_path, "mine", server=SERVER)
+    same = {"max_num_seqs": SERVER["max_num_seqs"], "tensor_parallel_size": None}
+    assert len(read_logs(tmp_path, same)) == 1
+    for other in ({"max_num_seqs": 7}, {"vllm_version": "0.33.0"}, {"kv_cache_dtype": "fp8"}):
+        with pytest.raises(InputError, match=rf"`{next(iter(other))}` is .*leave the option out"):
+            read_logs(tmp_path, other)
 
 
 def test_the_truth_is_predicted_exactly_at_every_stage_and_percentile(exact_log: MakeLog) -> None:
