@@ -196,8 +196,8 @@ def _refuse_contradiction(experiment: Experiment, options: Mapping[str, Any]) ->
     for name, value in options.items():
         if value is not None and name in own and value != own[name]:
             raise InputError(
-                f"`{name}` is {value}, and {experiment.experiment_id} has {own[name]} by its settings. Put it into the run's "
-                "`exp-config.yaml`, or leave the option out."
+                f"`{name}` is {value}, and {experiment.experiment_id} has {own[name]} by its settings. Put it into "
+                "the run's `exp-config.yaml`, or leave the option out."
             )
 
 
