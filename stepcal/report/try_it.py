@@ -44,7 +44,11 @@ SAMPLINGS = {"top_p": TOP_P, "none": NEUTRAL}
 MAX_BATCH = 128
 """Requests: vLLM's `max_num_seqs` on the measured servers."""
 CALIBRATED_ON = "h100-sxm"
-LIMITS = ServerConfig(kv_blocks=1_000_000, max_num_seqs=MAX_BATCH, max_num_batched_tokens=MAX_BATCH)
+MAX_CONTEXT = 131_072
+"""Tokens: the longest context of the page's models."""
+LIMITS = ServerConfig(
+    kv_blocks=1_000_000, max_num_seqs=MAX_BATCH, max_num_batched_tokens=MAX_BATCH, max_model_len=MAX_CONTEXT
+)
 ROOM_FOR_WEIGHTS = 0.9
 """Share of the GPU's memory that vLLM uses by default; weights have to fit in it."""
 
@@ -152,7 +156,7 @@ def try_it(models: Sequence[str] = MODELS, gpus: Sequence[str] = GPUS) -> HTML:
         '<option value="top_p">top-p or top-k (sorts the logits)</option><option value="none">neither</option></select>'
         f'<label for="try-batch">Requests in the batch</label><input id="try-batch" type="number" min="1" max="{MAX_BATCH}" '
         'value="32"><label for="try-context">Context of each (tokens)</label><input id="try-context" type="number" min="1" '
-        'max="131072" value="1000"></form>'
+        f'max="{MAX_CONTEXT}" value="1000"></form>'
         '<div id="try-result" class="try-result" aria-live="polite"><noscript>This page computes in the browser and needs '
         f'JavaScript.</noscript></div><script type="application/json" id="try-data">{content}</script>'
     )
