@@ -146,6 +146,7 @@ def verdict(
         "verdict": judged.verdict,
         "possible": list(judged.possible),
         "status": judged.preregistration.status,
+        "standing": judged.preregistration.standing,
         "preregistration_sha256": judged.preregistration.sha256,
         "evidence_from": provenance.kind,
         "notes": list(judged.notes),

@@ -89,7 +89,7 @@ class Verdict:
         """Return the verdict as text: a line a criterion."""
         p = self.preregistration
         width = max(len(r.criterion.statement) for r in self.criteria) + 12
-        lines = [f"{p.id.upper()}  {self.verdict}    pre-registration {p.sha256[:8]} (frozen {p.frozen}, {p.status})"]
+        lines = [f"{p.id.upper()}  {self.verdict}    pre-registration {p.sha256[:8]} (frozen {p.frozen}, {p.standing})"]
         words = {
             "success": {True: "met", False: "not met", None: "not evaluable"},
             "refuted_if": {True: "holds", False: "does not hold", None: "not evaluable"},

@@ -19,7 +19,7 @@ from stepcal.locations import data_folder
 from stepcal.report.execution import ReportError
 from stepcal.report.finishing import glued_values
 
-SAMPLES = ("in sample", "out of sample", "no fit")
+SAMPLES = ("in sample", "post hoc", "out of sample", "no fit")
 EVIDENCE = ("measured", "inferred", "published", "simulated", "timed by us")
 
 

@@ -125,6 +125,8 @@ def _assignments(source: str) -> list[tuple[str, object]]:
 def _again(page: str, parameters: Mapping[str, object]) -> dict[str, Any]:
     example = next((n for n, v in parameters.items() if n not in {"source", "data"} and v is not None), None)
     setting = f" --set {example}={parameters[example]}" if example else ""
+    if "coefficients" in parameters:  # a page about runs of one's own, which lie in a folder
+        setting = f" --data FOLDER{setting}"
     rows = "\n".join(f"| `{n}` | `{v}` | {PARAMETERS[n].meaning} |" for n, v in parameters.items() if n in PARAMETERS)
     text = (
         "## Re-run this page\n\n"

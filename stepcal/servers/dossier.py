@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -136,11 +135,8 @@ def check_table(checks: list[Check]) -> pd.DataFrame:
 
 
 def verdict_table(verdict: Verdict) -> pd.DataFrame:
-    """Return the criteria of a verdict: role, statement (as HTML), value, evidence."""
-    rows = [
-        (r.role.replace("_", " "), html.escape(r.criterion.statement), r.value, html.escape(r.evidence))
-        for r in verdict.criteria
-    ]
+    """Return the criteria of a verdict: role, statement, value, evidence."""
+    rows = [(r.role.replace("_", " "), r.criterion.statement, r.value, r.evidence) for r in verdict.criteria]
     return pd.DataFrame(rows, columns=["role", "criterion", "value", "evidence"])
 
 

@@ -15,15 +15,23 @@ from stepcal.evaluation.verdict import NOT_EVALUATED
 from stepcal.simulator.steptime import StepBatch
 from stepcal.step_time.coefficients import load_coefficients
 from stepcal.step_time.kernel_model import kernel_components_us
+from stepcal.studies.kernels.kernel_transfer import H100_16_BIT, group_summary
 from stepcal.studies.kernels.transfer import errors_by_run
 from stepcal.studies.published_runs import load_experiments
-from stepcal.studies.registry import END_TO_END, PHYSICAL_MODEL, RECONSTRUCTION, load_study
+from stepcal.studies.registry import (
+    END_TO_END,
+    KERNEL_MODEL,
+    KERNEL_TRANSFER,
+    PHYSICAL_MODEL,
+    RECONSTRUCTION,
+    load_study,
+)
 from stepcal.studies.verdicts import verdict_of
 from stepcal.units import PERCENT, US_PER_MS
 
-IN_SAMPLE = "in sample"
-LEFT_OUT = "model left out"
-NEVER_SEEN = "never seen (H3)"
+IN_SAMPLE = "bytes, in sample"
+LEFT_OUT = "bytes, model left out"
+NEVER_SEEN = "bytes, never seen (H3)"
 MEASURED_KERNELS = "measured kernels, post hoc"
 FIRST_PAGE = {
     "h1": "FLOP components follow the step",
@@ -128,7 +136,10 @@ def summary_facts(
     study = load_study(PHYSICAL_MODEL, data=data)
     default = study["errors"].query("variant == 'default' and split == 'whole' and overloaded")
     left_out = study["folds"].query("leave_out == 'model' and overloaded")
-    tails = study["percentiles"].query("metric == 'ttft' and statistic == 'p99'")
+    kernels = load_study(KERNEL_MODEL)
+    kernels_in = kernels["errors"].query("split == 'whole' and overloaded")
+    kernels_out = kernels["folds"].query("not overloaded")
+    groups = group_summary(load_study(KERNEL_TRANSFER).tables).set_index("group")
     replayed = load_study(END_TO_END, data=data)["errors"].query(
         "variant == 'model36' and split == 'whole' and arrivals == 'replayed'"
     )
@@ -152,7 +163,9 @@ def summary_facts(
         "unseen_bias": float(error[unseen].mean()),
         "kernels": float(size[runs["sample"] == MEASURED_KERNELS].mean()),
         "kernels_bias": float(error[runs["sample"] == MEASURED_KERNELS].mean()),
-        "ttft_p99": float(tails["error_percent"].abs().mean()),
+        "kernels_out": float(kernels_out["e2e_error_percent"].abs().mean()),
+        "kernels_completed": float(kernels_in["completed_error_percent"].abs().max()),
+        "ttft_p99": float(groups["ttft_p99"][H100_16_BIT]),
     }
 
 

@@ -223,7 +223,8 @@ def test_the_report_is_a_line_a_criterion():
         [criterion("mape", aggregate="mean", of=1)],
     )
     lines = judge(rules, evidence(good=[1.0, None, 3.0], bad=[9.0, 9.0, 9.0], mape=[1.0])).report().split("\n")
-    assert lines[0] == "HX  Inconclusive    pre-registration 01234567 (frozen 2026-01-02, confirmatory)"
+    standing = "the study's thresholds, our readings, after exploration"
+    assert lines[0] == f"HX  Inconclusive    pre-registration 01234567 (frozen 2026-01-02, {standing})"
     assert [line.split() for line in lines[1:4]] == [
         ["good", "rule", "not", "evaluable", "1", "of", "2", "evaluable", "units", "(1", "not", "evaluable)"],
         ["Refuted", "if", "bad", "rule", "holds", "3", "of", "3", "evaluable", "units"],

@@ -159,6 +159,12 @@ def verdict_numbers(study: Study, ours: Verdict, published: Verdict) -> dict[str
     }
 
 
+def _model_and_workload(experiment_id: object) -> str:
+    """Model and workload of a run of the study, by its name: date, time, model, ranks, workload."""
+    model, _, rest = str(experiment_id).split("-", 2)[2].partition("-tp")
+    return f"{model} {rest.partition('-')[2]}"
+
+
 def kernel_transfer_numbers(study: Study, own: Study, worth: Study) -> dict[str, object]:
     """Return what the page on the kernel model's transfer cites; errors in percent, mean absolute over runs.
 
@@ -173,6 +179,10 @@ def kernel_transfer_numbers(study: Study, own: Study, worth: Study) -> dict[str,
     whole = own["errors"].query("split == 'whole'")
     calm, full = whole[~whole["overloaded"]], whole[whole["overloaded"]]
     calm_size, full_size = calm["e2e_error_percent"].abs(), full["e2e_error_percent"].abs()
+    folds = own["folds"]
+    calm_folds = folds[~folds["overloaded"]]
+    folds_sorted = calm_folds["e2e_error_percent"].abs().sort_values(ascending=False)
+    missed = calm_folds.loc[folds_sorted.index[0]]
     h100 = {str(name): float(groups[name][H100_16_BIT]) for name in groups}
     seeds = study["errors"].query("split == 'whole' and metric == 'e2e' and statistic == 'mean'")["spread_percent"]
     return {
@@ -200,6 +210,15 @@ def kernel_transfer_numbers(study: Study, own: Study, worth: Study) -> dict[str,
         "left_out": left.mean(),
         "left_out_worst": left.max(),
         "n_left_out": len(left),
+        "refit": calm_folds["e2e_error_percent"].abs().mean(),
+        "refit_ttft": calm_folds["ttft_error_percent"].abs().mean(),
+        "refit_worst": abs(float(missed["e2e_error_percent"])),
+        "refit_worst_ttft": abs(float(missed["ttft_error_percent"])),
+        "refit_worst_run": _model_and_workload(missed["experiment_id"]),
+        "refit_others": float(folds_sorted.iloc[1:].mean()),
+        "least_completed_run": _model_and_workload(
+            full["experiment_id"].iloc[int(full["completed_error_percent"].abs().argmax())]
+        ),
         "inside": int(spread["inside"]),
         "n_all": int(spread["runs"]),
         "half_width": spread["half_width_percent"],
