@@ -20,7 +20,8 @@ def evaluate(
         str,
         typer.Option(
             "--coefficients",
-            help="default (physical, frozen), global9, phase16, model36, or a file that `stepcal fit --json` wrote.",
+            help="default, default-2026-11-24 (physical, frozen), global9, phase16, model36, or a file that "
+            "`stepcal fit --json` wrote.",
         ),
     ] = "default",
     experiments: Annotated[

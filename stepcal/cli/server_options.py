@@ -9,7 +9,10 @@ import typer
 Architecture = Annotated[
     str | None, typer.Option("--architecture", help="Model that ships, or path of a HuggingFace config.json.")
 ]
-AcceleratorName = Annotated[str | None, typer.Option("--accelerator", help="GPU, by name or as nvidia-smi writes it.")]
+AcceleratorName = Annotated[
+    str | None,
+    typer.Option("--accelerator", help="GPU, by name or as nvidia-smi writes it, or a file of one of your own."),
+]
 Degree = Annotated[int | None, typer.Option("--tp", min=1, help="Tensor-parallel degree.")]
 KvBlocks = Annotated[
     int | None,

@@ -25,7 +25,9 @@ def simulate(
     coefficients: Annotated[
         str,
         typer.Option(
-            "--coefficients", "--stepml-model", help="default, global9, phase16, model36, or a coefficient file."
+            "--coefficients",
+            "--stepml-model",
+            help="default, default-2026-11-24, global9, phase16, model36, or a coefficient file.",
         ),
     ],
     accelerator: Annotated[

@@ -23,6 +23,7 @@ from stepcal.locations import data_folder
 FORMAT, SCHEMA_VERSION = "stepml_coefficients", 1
 SCHEMA_FILE = "stepml_coefficients-1.schema.json"
 _COLUMNS = ("name", "value", "unit", "low", "high", "identified", "reason")
+_WORDS = ("name", "unit", "reason")
 _ABOUT = "# "
 
 
@@ -144,8 +145,18 @@ def csv_text(file: StepmlFile) -> str:
     table = csv.writer(out, lineterminator="\n")
     table.writerow(_COLUMNS)
     for p in file.parameters:
-        table.writerow([json.dumps(p[c]) if c in p else "" for c in _COLUMNS])
+        table.writerow([_cell(c, p[c]) if c in p else "" for c in _COLUMNS])
     return out.getvalue()
+
+
+def _cell(column: str, value: Any) -> str:
+    """A value as spreadsheets and pandas read it; text that would be taken for something else is written as JSON."""
+    is_plain = column in _WORDS and isinstance(value, str) and value != "" and not value.startswith('"')
+    return value if is_plain else json.dumps(value)
+
+
+def _value(column: str, cell: str) -> Any:
+    return cell if column in _WORDS and not cell.startswith('"') else json.loads(cell)
 
 
 def from_csv(text: str, *, source: str) -> StepmlFile:
@@ -160,7 +171,7 @@ def from_csv(text: str, *, source: str) -> StepmlFile:
     try:
         about = json.loads(first.removeprefix(_ABOUT))
         parameters = [
-            {c: json.loads(v) for c, v in row.items() if v not in (None, "")}
+            {c: _value(c, v) for c, v in row.items() if v not in (None, "")}
             for row in csv.DictReader(io.StringIO(rest))
         ]
         return stepml_file({**about, "parameters": parameters}, source=source)

@@ -25,7 +25,7 @@ def simulate(
     api_after_us: float | None = None,
     **options: Any,
 ) -> SimulationResult:
-    """Serve a load as vLLM 0.15.1 would.
+    """Serve a load as the release of vLLM in the deployment's server would.
 
     Parameters
     ----------

@@ -9,6 +9,7 @@ import subprocess
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -20,6 +21,7 @@ from stepcal.exchange.blis import BlisBlock, affine_of, blis_text, read_blis
 from stepcal.exchange.convert import converted, read_any
 from stepcal.exchange.stepml import StepmlFile, csv_text, from_csv, json_text, read_stepml, stepml_file
 from stepcal.experiments.options import deployment_from
+from stepcal.locations import data_folder
 from stepcal.simulator import make_requests, simulate
 from stepcal.specs.deployment import Deployment
 from stepcal.specs.hardware import load_accelerator
@@ -36,6 +38,19 @@ GO = shutil.which("go")
 
 def served(**changes: object) -> Deployment:
     return deployment_from({**SERVED, **changes}).deployment
+
+
+def test_a_table_is_what_pandas_and_spreadsheets_read(tmp_path: Path) -> None:
+    text = csv_text(read_stepml(data_folder() / "coefficients" / "default.json"))
+    path = tmp_path / "default.csv"
+    path.write_text(text, encoding="utf-8")
+    table = pd.read_csv(path, comment="#")
+    assert "products_scale" in table["name"].tolist()
+    assert table["value"].dtype == float
+    assert read_stepml(path).parameters == read_stepml(data_folder() / "coefficients" / "default.json").parameters
+    older = text.replace("\nproducts_scale,", '\n"""products_scale""",')
+    path.write_text(older, encoding="utf-8")
+    assert read_stepml(path).parameters[0]["name"] == "products_scale"
 
 
 @pytest.mark.parametrize("name", SHIPPED)
