@@ -26,6 +26,8 @@ WORDS = {
     "refuted_if": {True: "holds", False: "does not hold", None: "not evaluable"},
     "choice": {True: "yes", False: "no", None: "not evaluable"},
 }
+LONGEST_NAME = 40
+"""Characters of a row's first cell up to which it stays on one line."""
 FOLD_ROWS = 12
 """A longer table is folded: it is looked up, not read."""
 HEADING_UNITS = {
@@ -197,6 +199,8 @@ def _cell(value: object, pattern: str | None, *, numeric: bool, first: bool) -> 
     else:
         text = html.escape(pattern.format(value) if pattern else str(value))
     text = re.sub(r"`([^`]+)`", r"<code>\1</code>", text)
+    if first and len(text) > LONGEST_NAME:  # a sentence, which wraps
+        return f'<th scope="row" class="text">{text}</th>'
     return f'<th scope="row">{text}</th>' if first else f"<td{_kind(numeric)}>{text}</td>"
 
 
