@@ -133,9 +133,6 @@ def summary_facts(
     size = error.abs()
     inside, outside = runs["sample"] == IN_SAMPLE, runs["sample"] == LEFT_OUT
     unseen, full = runs["sample"] == NEVER_SEEN, runs["overloaded"]
-    study = load_study(PHYSICAL_MODEL, data=data)
-    default = study["errors"].query("variant == 'default' and split == 'whole' and overloaded")
-    left_out = study["folds"].query("leave_out == 'model' and overloaded")
     kernels = load_study(KERNEL_MODEL)
     kernels_in = kernels["errors"].query("split == 'whole' and overloaded")
     kernels_out = kernels["folds"].query("not overloaded")
@@ -154,8 +151,6 @@ def summary_facts(
         "n_full": int((inside & full).sum()),
         "full_in": float(size[inside & full].mean()),
         "full_out": float(size[outside & full].mean()),
-        "completed_in": float(default["completed_error_percent"].abs().max()),
-        "completed_out": float(left_out["completed_error_percent"].abs().max()),
         "n_unseen": int(unseen.sum()),
         "n_good": int((size[unseen] < limit_percent).sum()),
         "limit": limit_percent,
