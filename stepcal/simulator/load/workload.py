@@ -209,5 +209,5 @@ def make_requests(
         follows=integers(follows, np.int32),
         abort_s=None if abort_s is None else np.asarray(abort_s, dtype=np.float64),
         index=integers(index, np.int64),
-        priority=None if priority is None else whole_priorities(priority, "priority"),
+        priority=None if priority is None else np.asarray(priority),  # checked with the rest
     )
